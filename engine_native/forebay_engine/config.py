@@ -1,0 +1,28 @@
+"""Settings of the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    #: Folder with config.json, safetensors and tokenizer.
+    model: str
+    #: ``auto``: as stored; else ``float32`` or ``bfloat16``.
+    dtype: str = "auto"
+    #: Tokens in a page of the KV cache.
+    block_size: int = 32
+    #: Pages; 0: as many as ``kv_cache_bytes`` holds.
+    num_blocks: int = 0
+    kv_cache_bytes: int = 512 << 20
+    #: Most tokens in one step, prompt chunks and decodes together.
+    max_step_tokens: int = 512
+    #: Most sequences in one step.
+    max_sequences: int = 64
+    #: Longest prompt and answer together; 0: the model's own limit.
+    max_model_len: int = 0
+    #: Reuse pages of equal prefixes.
+    prefix_cache: bool = True
+    #: Compute threads; 0: the engine measures and chooses.
+    threads: int = 0

@@ -1,0 +1,62 @@
+"""What the engine is asked for, and the record of one sequence. No tensors here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is drawn; the neutral value of each field leaves the logits alone."""
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    #: 0: greedy.
+    temperature: float = 1.0
+    #: 0: off.
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    #: Subtracted per occurrence in / presence in the answer so far.
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    #: Divides (positive) or multiplies (negative) logits of tokens seen in prompt or answer.
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    #: None: none; N: the chosen token's and the N likeliest tokens' logprobs (0: chosen alone).
+    logprobs: int | None = None
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One choice of one request: its tokens, how far they are computed, and where their KV lies."""
+
+    id: int
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    #: Prompt and answer.
+    token_ids: list[int] = field(init=False)
+    #: Tokens whose keys and values are in the cache; token ``num_computed`` is the next to run.
+    num_computed: int = 0
+    #: Prompt tokens found in the prefix cache at first admission.
+    num_cached: int = 0
+    #: Physical pages, in order of position.
+    block_table: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_ids)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - len(self.prompt_ids)

@@ -1,0 +1,148 @@
+"""The seam to a backend: :class:`Adapter`, and :class:`AdapterKind` with which a plugin offers one.
+
+An adapter turns everything its backend does differently into the one model of
+:mod:`forebay.api.messages`. See ``docs/writing-an-adapter.md``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+
+from forebay.api.http import Upstream
+from forebay.api.messages import Attempt, Endpoint, Event, GenerateRequest
+
+__all__ = [
+    "Adapter",
+    "AdapterContext",
+    "AdapterKind",
+    "BackendSettings",
+    "Capabilities",
+    "HttpBackendSettings",
+    "Load",
+]
+
+
+class BackendSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What every backend can be configured with; an adapter's own settings derive from it."""
+
+    adapter: str
+    """Name of the adapter kind, as `forebay plugins` lists them."""
+    max_in_flight: int = 0
+    """Requests sent to this backend at once; 0: what the backend itself reports as its slots, or no limit."""
+    probe_interval: float = 5.0
+    """Seconds between two health probes."""
+    probe_timeout: float = 3.0
+    """Seconds after which a probe has failed."""
+    load_interval: float = 1.0
+    """Seconds between two readings of the backend's own load figures; 0: never read."""
+    exports_traces: bool = False
+    """The backend exports spans of its own, so none are synthesised from its timings."""
+
+
+class HttpBackendSettings(BackendSettings, kw_only=True, frozen=True):
+    """Settings of backends that are reached by HTTP."""
+
+    url: str
+    """Base URL without `/v1`, e.g. `http://127.0.0.1:8081`."""
+    model: str = ""
+    """Name of the model at the backend; empty: the name under which Forebay serves it."""
+    api_key: str = ""
+    """Sent as a bearer token; empty: none. Use `${NAME}` to take it from the environment."""
+    headers: dict[str, str] = {}
+    """Further headers sent with every request."""
+
+
+class Capabilities(Struct, frozen=True, kw_only=True):
+    """What a probe found. A request is only sent where its needs are met."""
+
+    endpoints: frozenset[Endpoint] = frozenset({"chat", "completions"})
+    tools: bool = False
+    schema: bool = False
+    logprobs: bool = False
+    multimodal: bool = False
+    #: Unknown request fields are passed on; if not, a request with fields it can't map is refused.
+    extra_fields: bool = True
+    #: Tokens of prompt and answer together; 0: not known.
+    max_context: int = 0
+    #: Requests it works on at once; 0: not known.
+    slots: int = 0
+    version: str = ""
+    models: tuple[str, ...] = ()
+
+
+class Load(Struct, frozen=True, kw_only=True):
+    """A backend's own view of its load. ``None``: it does not say."""
+
+    running: int | None = None
+    waiting: int | None = None
+    #: Share of the KV cache in use, 0 to 1.
+    kv_usage: float | None = None
+
+
+class AdapterContext(Struct, frozen=True, kw_only=True):
+    """What the gateway hands to an adapter when it builds it."""
+
+    #: The configured name of the backend.
+    name: str
+    #: Opens the transport to a base URL.
+    connect: Callable[[str], Upstream]
+    #: Where long-lived files (models, sockets) may be kept.
+    data_dir: Path
+    #: Environment for processes that the adapter starts (OTLP endpoint and the like).
+    environment: Mapping[str, str] = {}
+
+
+class Adapter(ABC):
+    """One backend. Built without side effects; ``start`` is where work begins."""
+
+    async def start(self) -> None:
+        """Begin: spawn a process, open what must stay open. Called once, before any probe.
+
+        Must not wait for a slow backend to be ready: a probe will tell when it is.
+        """
+
+    @abstractmethod
+    def stream(self, request: GenerateRequest, attempt: Attempt) -> AsyncIterator[Event]:
+        """Serve a request.
+
+        An async generator. Either lane, never mixed: ``Started Delta* Finished`` or ``Relayed+
+        Finished``. For a request that does not stream, either is fine too: one ``Relayed`` with the
+        whole JSON body, or the typed events, which the gateway puts together. Closing the generator
+        (``aclose``) or cancelling the task must close the upstream at once. The gateway enforces
+        the timeouts other than ``connect`` by cancelling.
+
+        :raises BackendError: see :mod:`forebay.api.errors` for the cases.
+        """
+
+    @abstractmethod
+    async def probe(self) -> Capabilities:
+        """Ask the backend whether it is ready and what it can do. Cheap: runs every few seconds.
+
+        :raises BackendError: it is not ready.
+        """
+
+    async def load(self) -> Load | None:
+        """Read the backend's own load figures; None if it has none."""
+        return None
+
+    async def aclose(self) -> None:
+        """End: close connections, stop processes. Calling it twice is fine."""
+
+
+class AdapterKind(Struct, frozen=True, kw_only=True):
+    """How a plugin offers a kind of backend."""
+
+    #: What stands after ``adapter:`` in the configuration. Unique.
+    name: str
+    #: A subclass of :class:`BackendSettings`.
+    settings: type[BackendSettings]
+    build: Callable[[Any, AdapterContext], Adapter]
+    #: One line for ``forebay plugins``.
+    summary: str = ""
+    #: ``gen_ai.provider.name`` on spans and metrics; the kind's name if empty.
+    provider: str = ""

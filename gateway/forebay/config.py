@@ -1,0 +1,154 @@
+"""The configuration: one typed tree. Each field's docstring is its manual (`docs/configuration.md`)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from msgspec import Struct
+
+from forebay.api import BackendSettings, Timeouts
+
+
+class Section(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Base of every section: frozen, unknown keys refused."""
+
+
+class Listen(Section, frozen=True):
+    """The data port."""
+
+    host: str = "127.0.0.1"
+    """Address to bind. Anything but loopback needs `keys`, or `--insecure`."""
+    port: int = 8000
+    """TCP port; 0: any free one."""
+
+
+class Admin(Section, frozen=True):
+    """The admin port: health, metrics, decisions, fleet. Never share it with clients."""
+
+    host: str = "127.0.0.1"
+    """Address to bind."""
+    port: int = 8001
+    """TCP port; 0: any free one."""
+
+
+class Limits(Section, frozen=True):
+    """What a single request may ask for. Each refusal names its field."""
+
+    body_bytes: int = 8 << 20
+    """Largest request body in bytes (413 above)."""
+    header_bytes: int = 32 << 10
+    """Largest sum of header names and values in bytes (431 above)."""
+    json_depth: int = 64
+    """Deepest nesting of the JSON body."""
+    n: int = 16
+    """Most choices (`n` times the number of prompts)."""
+    max_tokens: int = 131_072
+    """Largest `max_tokens` or `max_completion_tokens`."""
+    stop: int = 16
+    """Most stop strings."""
+    stop_bytes: int = 1024
+    """Longest stop string, in bytes."""
+
+
+class Share(Section, frozen=True):
+    """A backend's part in a model."""
+
+    weight: float = 1.0
+    """Relative share of the traffic, greater than 0, for the policies that weigh."""
+
+
+class Model(Section, frozen=True):
+    """A model name that clients may ask for."""
+
+    backends: list[str] | dict[str, Share]
+    """Names of the backends that serve it, or a map from name to `{weight: …}`."""
+    policy: str | dict[str, Any] = "prefix_affinity"
+    """Name of a policy, `{name: …, option: …}`, or `./file.py:Class`."""
+    timeouts: Timeouts = Timeouts()
+    """Seconds allowed to connect, to the first token, between tokens, and in total; 0 switches one off."""
+    max_attempts: int = 3
+    """Backends tried for one request before its first byte, at most."""
+    max_queue: int = 256
+    """Requests that may wait for a free backend; more are refused with 429. 0: none may wait."""
+    queue_timeout: float = 30.0
+    """Seconds a request may wait for a free backend."""
+
+
+class Health(Section, frozen=True):
+    """When a backend is taken out, and when it comes back."""
+
+    failures: int = 3
+    """Consecutive failed attempts that eject a backend; 0: never."""
+    probe_failures: int = 2
+    """Consecutive failed probes after which a backend counts as unhealthy."""
+    ejection: float = 5.0
+    """Seconds of the first ejection; doubles with each one in a row."""
+    ejection_max: float = 60.0
+    """Longest ejection in seconds."""
+
+
+class Key(Section, frozen=True):
+    """An API key. The key itself is never stored."""
+
+    hash: str
+    """`sha256:<64 hex digits>` of the key; `forebay key new` makes both."""
+    tenant: str = "default"
+    """Whom its requests belong to."""
+
+
+class Tracing(Section, frozen=True):
+    """OpenTelemetry."""
+
+    otlp_endpoint: str = ""
+    """Base URL of an OTLP/HTTP collector, e.g. `http://127.0.0.1:4318`; empty: no spans."""
+    service_name: str = "forebay"
+    """`service.name` of the exported spans."""
+    sample: float = 1.0
+    """Share of new traces that are recorded, 0 to 1; an incoming trace keeps its own decision."""
+
+
+class Logging(Section, frozen=True):
+    """Logs on standard error. Prompts and answers are never logged."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe level shown."""
+    format: Literal["json", "console"] = "json"
+    """One JSON object a line, or text for people."""
+
+
+class Plugins(Section, frozen=True):
+    """Which plugins are loaded."""
+
+    only: list[str] | None = None
+    """Names of the entry points to load; unset: all that are installed."""
+
+
+class Config(Section, frozen=True):
+    """The whole file."""
+
+    backends: dict[str, BackendSettings] = {}
+    """Backends by name; which further keys one takes depends on its `adapter`."""
+    models: dict[str, Model] = {}
+    """Model names by which clients ask; several backends may stand behind one."""
+    listen: Listen = Listen()
+    """The data port."""
+    admin: Admin = Admin()
+    """The admin port."""
+    keys: dict[str, Key] = {}
+    """API keys by name; empty: none is asked for."""
+    limits: Limits = Limits()
+    """What a single request may ask for."""
+    health: Health = Health()
+    """When backends are taken out."""
+    tracing: Tracing = Tracing()
+    """Spans."""
+    logging: Logging = Logging()
+    """Logs."""
+    plugins: Plugins = Plugins()
+    """Plugins."""
+    drain_timeout: float = 30.0
+    """Seconds that open requests may still take after SIGTERM."""
+    data_dir: str = "~/.cache/forebay"
+    """Where models and sockets are kept."""
+    decisions: int = 10_000
+    """Decision records kept in memory for `forebay explain`."""
