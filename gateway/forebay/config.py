@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from forebay.api import BackendSettings, Timeouts
+
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(ge=0)]
+KeyHash = Annotated[
+    str,
+    Meta(
+        pattern="^sha256:[0-9a-fA-F]{64}$",
+        description="`sha256:` and 64 hex digits, as `forebay key new` prints them",
+    ),
+]
 
 
 class Section(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -18,7 +30,7 @@ class Listen(Section, frozen=True):
 
     host: str = "127.0.0.1"
     """Address to bind. Anything but loopback needs `keys`, or `--insecure`."""
-    port: int = 8000
+    port: Port = 8000
     """TCP port; 0: any free one."""
 
 
@@ -27,33 +39,33 @@ class Admin(Section, frozen=True):
 
     host: str = "127.0.0.1"
     """Address to bind."""
-    port: int = 8001
+    port: Port = 8001
     """TCP port; 0: any free one."""
 
 
 class Limits(Section, frozen=True):
     """What a single request may ask for. Each refusal names its field."""
 
-    body_bytes: int = 8 << 20
+    body_bytes: Positive = 8 << 20
     """Largest request body in bytes (413 above)."""
-    header_bytes: int = 32 << 10
+    header_bytes: Positive = 32 << 10
     """Largest sum of header names and values in bytes (431 above)."""
-    json_depth: int = 64
+    json_depth: Positive = 64
     """Deepest nesting of the JSON body."""
-    n: int = 16
+    n: Positive = 16
     """Most choices (`n` times the number of prompts)."""
-    max_tokens: int = 131_072
+    max_tokens: Positive = 131_072
     """Largest `max_tokens` or `max_completion_tokens`."""
-    stop: int = 16
+    stop: Count = 16
     """Most stop strings."""
-    stop_bytes: int = 1024
+    stop_bytes: Positive = 1024
     """Longest stop string, in bytes."""
 
 
 class Share(Section, frozen=True):
     """A backend's part in a model."""
 
-    weight: float = 1.0
+    weight: Annotated[float, Meta(gt=0)] = 1.0
     """Relative share of the traffic, greater than 0, for the policies that weigh."""
 
 
@@ -66,31 +78,31 @@ class Model(Section, frozen=True):
     """Name of a policy, `{name: …, option: …}`, or `./file.py:Class`."""
     timeouts: Timeouts = Timeouts()
     """Seconds allowed to connect, to the first token, between tokens, and in total; 0 switches one off."""
-    max_attempts: int = 3
+    max_attempts: Positive = 3
     """Backends tried for one request before its first byte, at most."""
-    max_queue: int = 256
-    """Requests that may wait for a free backend; more are refused with 429. 0: none may wait."""
-    queue_timeout: float = 30.0
+    max_queue: Count = 256
+    """Requests that may wait for a free backend; more are refused with 503. 0: none may wait."""
+    queue_timeout: Seconds = 30.0
     """Seconds a request may wait for a free backend."""
 
 
 class Health(Section, frozen=True):
     """When a backend is taken out, and when it comes back."""
 
-    failures: int = 3
+    failures: Count = 3
     """Consecutive failed attempts that eject a backend; 0: never."""
-    probe_failures: int = 2
+    probe_failures: Positive = 2
     """Consecutive failed probes after which a backend counts as unhealthy."""
-    ejection: float = 5.0
+    ejection: Seconds = 5.0
     """Seconds of the first ejection; doubles with each one in a row."""
-    ejection_max: float = 60.0
+    ejection_max: Seconds = 60.0
     """Longest ejection in seconds."""
 
 
 class Key(Section, frozen=True):
     """An API key. The key itself is never stored."""
 
-    hash: str
+    hash: KeyHash
     """`sha256:<64 hex digits>` of the key; `forebay key new` makes both."""
     tenant: str = "default"
     """Whom its requests belong to."""
@@ -103,7 +115,7 @@ class Tracing(Section, frozen=True):
     """Base URL of an OTLP/HTTP collector, e.g. `http://127.0.0.1:4318`; empty: no spans."""
     service_name: str = "forebay"
     """`service.name` of the exported spans."""
-    sample: float = 1.0
+    sample: Annotated[float, Meta(ge=0, le=1)] = 1.0
     """Share of new traces that are recorded, 0 to 1; an incoming trace keeps its own decision."""
 
 
@@ -146,9 +158,9 @@ class Config(Section, frozen=True):
     """Logs."""
     plugins: Plugins = Plugins()
     """Plugins."""
-    drain_timeout: float = 30.0
+    drain_timeout: Seconds = 30.0
     """Seconds that open requests may still take after SIGTERM."""
     data_dir: str = "~/.cache/forebay"
     """Where models and sockets are kept."""
-    decisions: int = 10_000
+    decisions: Positive = 10_000
     """Decision records kept in memory for `forebay explain`."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from forebay.api.http import Upstream
 from forebay.api.messages import Attempt, Endpoint, Event, GenerateRequest
@@ -32,13 +32,13 @@ class BackendSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
 
     adapter: str
     """Name of the adapter kind, as `forebay plugins` lists them."""
-    max_in_flight: int = 0
+    max_in_flight: Annotated[int, Meta(ge=0)] = 0
     """Requests sent to this backend at once; 0: what the backend itself reports as its slots, or no limit."""
-    probe_interval: float = 5.0
+    probe_interval: Annotated[float, Meta(gt=0)] = 5.0
     """Seconds between two health probes."""
-    probe_timeout: float = 3.0
+    probe_timeout: Annotated[float, Meta(gt=0)] = 3.0
     """Seconds after which a probe has failed."""
-    load_interval: float = 1.0
+    load_interval: Annotated[float, Meta(ge=0)] = 1.0
     """Seconds between two readings of the backend's own load figures; 0: never read."""
     exports_traces: bool = False
     """The backend exports spans of its own, so none are synthesised from its timings."""
@@ -65,7 +65,7 @@ class Capabilities(Struct, frozen=True, kw_only=True):
     schema: bool = False
     logprobs: bool = False
     multimodal: bool = False
-    #: Unknown request fields are passed on; if not, a request with fields it can't map is refused.
+    #: Takes fields beyond the model (``GenerateRequest.extra``): they are passed on as they came.
     extra_fields: bool = True
     #: Tokens of prompt and answer together; 0: not known.
     max_context: int = 0

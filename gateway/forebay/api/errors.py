@@ -8,7 +8,7 @@
     │   ├── UnknownModel            no such model here                       (404)
     │   ├── TooLarge                body over the limit                      (413)
     │   └── Unsupported             no backend of this model can do it       (400)
-    ├── Overloaded                  queue full or queue timeout              (429)
+    ├── Overloaded                  queue full or queue timeout              (503)
     ├── NoBackend                   nothing healthy serves this model        (503)
     └── BackendError                an attempt on a backend failed
         ├── ConnectFailed           nothing listens, or connect timed out    (502)
@@ -115,9 +115,11 @@ class Unsupported(RequestError):
 
 
 class Overloaded(ForebayError):
+    """Too much for all backends together. Not 429: that is for a client over its own limit."""
+
     kind = "overloaded"
-    status = 429
-    type = "rate_limit_error"
+    status = 503
+    type = "service_unavailable_error"
 
 
 class NoBackend(ForebayError):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Meta, Raw, Struct
 
 __all__ = [
     "Attempt",
@@ -108,6 +108,9 @@ class GenerateRequest(Struct, frozen=True, kw_only=True):
     #: Some message has a part that is not text.
     needs_multimodal: bool = False
     fields: Mapping[str, Raw] = {}
+    #: Names in ``fields`` that have no counterpart above and may change the answer; backends
+    #: without ``extra_fields`` are not asked to serve a request that has any.
+    extra: tuple[str, ...] = ()
     identity: Identity = Identity()
 
     @property
@@ -126,10 +129,10 @@ class GenerateRequest(Struct, frozen=True, kw_only=True):
 class Timeouts(Struct, frozen=True):
     """Seconds; 0 switches one off (except ``connect``)."""
 
-    connect: float = 1.0
-    first_token: float = 60.0
-    inter_token: float = 15.0
-    total: float = 600.0
+    connect: Annotated[float, Meta(gt=0)] = 1.0
+    first_token: Annotated[float, Meta(ge=0)] = 60.0
+    inter_token: Annotated[float, Meta(ge=0)] = 15.0
+    total: Annotated[float, Meta(ge=0)] = 600.0
 
 
 class Attempt(Struct, frozen=True, kw_only=True):
