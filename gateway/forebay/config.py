@@ -1,4 +1,4 @@
-"""The configuration: one typed tree. Each field's docstring is its manual (`docs/configuration.md`)."""
+"""The configuration: one typed tree. A field's docstring is its manual (docs/configuration.md)."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Model(Section, frozen=True):
     policy: str | dict[str, Any] = "prefix_affinity"
     """Name of a policy, `{name: …, option: …}`, or `./file.py:Class`."""
     timeouts: Timeouts = Timeouts()
-    """Seconds allowed to connect, to the first token, between tokens, and in total; 0 switches one off."""
+    """How long the parts of a request may take; 0 switches one off, but for `connect`."""
     max_attempts: Positive = 3
     """Backends tried for one request before its first byte, at most."""
     max_queue: Count = 256

@@ -130,9 +130,13 @@ class Timeouts(Struct, frozen=True):
     """Seconds; 0 switches one off (except ``connect``)."""
 
     connect: Annotated[float, Meta(gt=0)] = 1.0
+    """Seconds to open the connection."""
     first_token: Annotated[float, Meta(ge=0)] = 60.0
+    """Seconds from sending the request to the first token."""
     inter_token: Annotated[float, Meta(ge=0)] = 15.0
+    """Seconds between two tokens."""
     total: Annotated[float, Meta(ge=0)] = 600.0
+    """Seconds of the whole attempt."""
 
 
 class Attempt(Struct, frozen=True, kw_only=True):

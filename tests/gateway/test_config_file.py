@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import pytest
+from msgspec import Meta
+
+from forebay.access import hash_of
+from forebay.api import (
+    AdapterKind,
+    BackendSettings,
+    ConfigError,
+    HttpBackendSettings,
+    Policy,
+    Timeouts,
+)
+from forebay.config import Config, Share
+from forebay.config_file import InvalidConfig, build, load, parse, read_tree, warnings
+
+
+class LlamaSettings(HttpBackendSettings, kw_only=True, frozen=True):
+    slots: Annotated[int, Meta(ge=1)] = 1
+
+
+class NativeSettings(BackendSettings, kw_only=True, frozen=True):
+    path: str
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", "float32"):
+            raise ValueError("dtype must be auto or float32")
+
+
+def _never_built(*_: Any) -> Any:
+    raise AssertionError("reading a configuration builds no adapter")
+
+
+class StandInRegistry:
+    adapters: ClassVar = {
+        "llamacpp": AdapterKind(name="llamacpp", settings=LlamaSettings, build=_never_built),
+        "native": AdapterKind(name="native", settings=NativeSettings, build=_never_built),
+    }
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[object, Path]] = []
+
+    def policy(self, spec: str | dict[str, Any], base_dir: Path) -> Policy:
+        self.asked.append((spec, base_dir))
+        if spec == "round_robbin":
+            raise ConfigError("no policy named round_robbin; did you mean round_robin?")
+        return _StandInPolicy()
+
+
+class _StandInPolicy(Policy):
+    def score(self, request: object, snapshot: object) -> list[float]:
+        raise AssertionError("not part of reading a configuration")
+
+
+GOOD = """
+models:
+  gemma:
+    policy: round_robin
+    backends: [native, llama]
+backends:
+  native: {adapter: native, path: gemma-3-270m}
+  llama: {adapter: llamacpp, url: "http://127.0.0.1:8081"}
+"""
+
+
+def mistakes(section: str) -> list[tuple[str, str]]:
+    """The pairs of one section of ``config_mistakes.txt``."""
+    whole = (Path(__file__).parent / "config_mistakes.txt").read_text()
+    lines = whole.split(f"[{section}]\n")[1].split("\n\n")[0].splitlines()
+    texts = [line.replace("\\n", "\n").replace("\\x07", "\x07") for line in lines[::2]]
+    return list(zip(texts, (line.strip().removeprefix("-> ") for line in lines[1::2]), strict=True))
+
+
+def read(text: str, environ: dict[str, str] | None = None, *, insecure: bool = False) -> Config:
+    return parse(text, StandInRegistry(), environ or {}, Path("/etc/forebay"), insecure=insecure)
+
+
+def problems(text: str, environ: dict[str, str] | None = None) -> list[str]:
+    with pytest.raises(InvalidConfig) as caught:
+        read(text, environ)
+    return list(caught.value.problems)
+
+
+def test_backends_get_the_settings_of_their_adapter() -> None:
+    config = read(GOOD)
+    assert config.backends["native"] == NativeSettings(adapter="native", path="gemma-3-270m")
+    assert isinstance(config.backends["llama"], LlamaSettings)
+    assert config.models["gemma"].backends == ["native", "llama"]
+
+
+def test_an_empty_file_is_the_default_configuration() -> None:
+    assert read("") == Config() == read("# nothing\n")
+
+
+def test_weights_and_timeouts_are_typed() -> None:
+    text = GOOD.replace("[native, llama]", "{llama: {weight: 2}, native: {}}")
+    config = read(text.replace("policy: round_robin", "timeouts: {total: 5, first_token: 0}"))
+    assert config.models["gemma"].backends == {"llama": Share(weight=2.0), "native": Share()}
+    assert config.models["gemma"].timeouts == Timeouts(first_token=0.0, total=5.0)
+
+
+@pytest.mark.parametrize(("text", "line"), mistakes("sections"))
+def test_each_mistake_names_its_place_and_the_remedy(text: str, line: str) -> None:
+    backends = GOOD[GOOD.index("backends:\n") :]
+    assert problems(f"{text}\n{backends}") == [line]
+
+
+@pytest.mark.parametrize(("backend", "line"), mistakes("backends"))
+def test_each_mistake_in_a_backend_is_named(backend: str, line: str) -> None:
+    assert problems(f"backends: {{b: {backend}}}\nmodels: {{m: {{backends: [b]}}}}") == [line]
+
+
+def test_names_of_backends_must_fit_into_headers() -> None:
+    lines = problems('backends: {"a b": {adapter: native, path: x}}')
+    assert lines[0].startswith('backends."a b": not a good name for a backend')
+
+
+def test_one_hash_is_one_key() -> None:
+    one = hash_of("fb-1")
+    (line,) = problems(f"keys: {{a: {{hash: '{one}'}}, b: {{hash: '{one}'}}}}")
+    assert line == "keys.b.hash: the same as that of a; make a key for each"
+
+
+def test_all_problems_are_shown_together_in_one_message() -> None:
+    text = "lissten: {}\nadmin: {prt: 1}\nmodels: {m: {backends: [x], max_queue: -1}}"
+    with pytest.raises(InvalidConfig) as caught:
+        read(text)
+    assert caught.value.message.splitlines() == [
+        "the configuration has 4 problems:",
+        "  lissten: unknown key; did you mean listen?",
+        "  admin.prt: unknown key; did you mean port?",
+        "  models.m.max_queue: expected a whole number of at least 0, got -1",
+        "  models.m.backends[0]: no backend named x; there is none",
+    ]
+
+
+def test_a_broken_backend_is_not_also_reported_as_missing() -> None:
+    assert problems("backends: {b: {adapter: nope}}\nmodels: {m: {backends: [b]}}") == [
+        "backends.b.adapter: no adapter named nope; known: llamacpp, native"
+    ]
+
+
+@pytest.mark.parametrize(("text", "line"), mistakes("yaml"))
+def test_mistakes_in_the_yaml_name_the_line(text: str, line: str) -> None:
+    assert problems(text) == [line]
+
+
+def test_merge_keys_may_be_overridden_without_counting_as_twice() -> None:
+    text = GOOD.replace("native: {", "native: &n {") + "  other: {<<: *n, path: other}\n"
+    other = read(text).backends["other"]
+    assert other == NativeSettings(adapter="native", path="other")
+
+
+def test_the_environment_fills_in_texts_and_numbers() -> None:
+    text = (
+        "listen: {port: '${PORT}'}\ndrain_timeout: ${DRAIN:-2.5}\n"
+        "backends: {b: {adapter: llamacpp, url: 'http://${HOST:-localhost}:${PORT}', "
+        "api_key: '${KEY:-}', model: 'a$${b}$c'}}\n"
+        "models: {m: {backends: [b]}}"
+    )
+    config = read(text, {"PORT": "9000", "HOST": ""})
+    backend = config.backends["b"]
+    assert (config.listen.port, config.drain_timeout) == (9000, 2.5)
+    assert isinstance(backend, HttpBackendSettings)
+    assert (backend.url, backend.api_key) == ("http://localhost:9000", "")
+    assert backend.model == "a${b}$c"
+
+
+def test_a_variable_that_is_set_to_nothing_is_nothing() -> None:
+    assert read("tracing: {otlp_endpoint: '${N}'}", {"N": ""}).tracing.otlp_endpoint == ""
+
+
+def test_mistakes_around_the_environment_name_key_and_variable() -> None:
+    text = "listen: {host: '${HOST}', port: '${PORT}'}\ntracing: {service_name: '${my name}'}"
+    assert problems(text, {"PORT": "many"}) == [
+        "listen.host: the environment variable HOST is not set; set it, or write ${HOST:-default}",
+        "tracing.service_name: `${` begins no reference; write ${NAME}, or $${ for the characters",
+        "listen.port: expected a whole number from 0 to 65535, got 'many'",
+    ]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.1.2.3", "gateway.example"])
+def test_ports_for_everyone_need_keys_or_insecure(host: str) -> None:
+    (line,) = problems(f"listen: {{host: '{host}'}}")
+    assert line.startswith("listen.host: ")
+    assert "forebay key new" in line
+    (line,) = problems(f"admin: {{host: '{host}'}}\nkeys: {{k: {{hash: '{hash_of('k')}'}}}}")
+    assert line.startswith("admin.host: ")
+    assert read(f"listen: {{host: '{host}'}}", insecure=True).listen.host == host
+    assert read(f"listen: {{host: '{host}'}}\nkeys: {{k: {{hash: '{hash_of('k')}'}}}}")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
+def test_loopback_needs_no_keys(host: str) -> None:
+    assert read(f"listen: {{host: '{host}'}}\nadmin: {{host: '{host}'}}").listen.host == host
+
+
+def test_policy_files_are_relative_to_the_file(tmp_path: Path) -> None:
+    registry = StandInRegistry()
+    path = tmp_path / "forebay.yaml"
+    path.write_text(
+        GOOD.replace("policy: round_robin", "policy: ./mine.py:Mine").replace(
+            "backends:\n", "  b: {backends: [llama], policy: {name: p/q.py:Q, x: 1}}\nbackends:\n"
+        )
+    )
+    config = load(path, registry, environ={})
+    assert config.models["gemma"].policy == f"{tmp_path}/mine.py:Mine"
+    assert config.models["b"].policy == {"name": f"{tmp_path}/p/q.py:Q", "x": 1}
+    assert [base for _, base in registry.asked] == [tmp_path, tmp_path]
+
+
+def test_overrides_win_and_are_checked_like_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "forebay.yaml"
+    path.write_text("listen: {host: 127.0.0.1, port: 1}")
+    config = load(path, StandInRegistry(), environ={}, overrides={"listen.port": 2})
+    assert (config.listen.host, config.listen.port) == ("127.0.0.1", 2)
+    with pytest.raises(InvalidConfig, match=r"forebay\.yaml has 1 problem:\n  listen\.host: "):
+        load(path, StandInRegistry(), environ={}, overrides={"listen.host": "0.0.0.0"})
+    with pytest.raises(InvalidConfig, match=r"admin: expected a mapping, got 3"):
+        build(
+            {"admin": 3},
+            StandInRegistry(),
+            environ={},
+            base=tmp_path,
+            overrides={"admin.port": 5},
+        )
+
+
+def test_files_that_cannot_be_read_say_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        read_tree(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        read_tree(tmp_path)
+    (tmp_path / "binary").write_bytes(b"a: \xff")
+    with pytest.raises(ConfigError, match=r"not UTF-8 text \(byte 3\)"):
+        read_tree(tmp_path / "binary")
+
+
+def test_warnings_name_what_is_probably_not_meant() -> None:
+    config = read("backends: {b: {adapter: native, path: x}}")
+    assert warnings(config) == [
+        "backends.b: used by no model",
+        "models: there is none, so every request will be answered with 404",
+    ]
+    assert warnings(read(GOOD)) == []
