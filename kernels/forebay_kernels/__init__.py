@@ -1,0 +1,23 @@
+"""Forebay's operators: one name each, computed by whatever is fastest on the tensor's device."""
+
+from __future__ import annotations
+
+from forebay_kernels.batch import PagedBatch
+from forebay_kernels.dispatch import (
+    gelu_tanh_mul,
+    kv_store,
+    paged_attention,
+    rms_norm,
+    rope,
+    silu_mul,
+)
+
+__all__ = [
+    "PagedBatch",
+    "gelu_tanh_mul",
+    "kv_store",
+    "paged_attention",
+    "rms_norm",
+    "rope",
+    "silu_mul",
+]

@@ -1,0 +1,90 @@
+"""Gemma 3, text only: https://arxiv.org/abs/2503.19786.
+
+Norms scale by ``1 + w`` and stand before and after each part; queries and keys are normed; five
+layers in six attend within a sliding window and rotate by their own base.
+"""
+
+from __future__ import annotations
+
+import forebay_kernels as kernels
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from forebay_engine.hf_config import ModelConfig
+from forebay_engine.layers import Angles, Attention, GatedMlp, LayerCache, Linear, RmsNorm, Rotary
+from forebay_engine.weights import Weights
+
+
+def _norm(config: ModelConfig, weights: Weights, name: str) -> RmsNorm:
+    weight = weights.take(f"{name}.weight", config.hidden_size, dtype=torch.float32)
+    return RmsNorm(weight, config.rms_norm_eps, unit_offset=True)
+
+
+class Layer:
+    """Attention and MLP, each between two norms and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
+        prefix = f"model.layers.{index}"
+        self.sliding = config.sliding[index]
+        self._before_attention = _norm(config, weights, f"{prefix}.input_layernorm")
+        self._after_attention = _norm(config, weights, f"{prefix}.post_attention_layernorm")
+        self._before_mlp = _norm(config, weights, f"{prefix}.pre_feedforward_layernorm")
+        self._after_mlp = _norm(config, weights, f"{prefix}.post_feedforward_layernorm")
+        self._attention = Attention(
+            config,
+            weights,
+            f"{prefix}.self_attn",
+            layer=index,
+            scale=config.query_pre_attn_scalar**-0.5,
+            qkv_bias=config.attention_bias,
+            out_bias=config.attention_bias,
+            qk_norm=True,
+            unit_offset=True,
+        )
+        self._mlp = GatedMlp(config, weights, f"{prefix}.mlp")
+
+    def __call__(
+        self, x: Tensor, angles: Angles, cache: LayerCache, batch: kernels.PagedBatch
+    ) -> Tensor:
+        attended = self._attention(self._before_attention(x), angles, cache, batch)
+        x = x + self._after_attention(attended)
+        return x + self._after_mlp(self._mlp(self._before_mlp(x)))
+
+
+class Gemma3:
+    """A Gemma 3 text decoder."""
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        shape = (config.vocab_size, config.hidden_size)
+        self._embedding = weights.take("model.embed_tokens.weight", *shape)
+        # Rounded to the weights' type first: for 640 in bf16 25.25, not 25.298.
+        self._embed_scale = torch.tensor(config.hidden_size**0.5).to(self._embedding)
+        self._rotary = Rotary(config.rope, config.head_dim, weights.device)
+        self._rotary_local = Rotary(config.rope_local, config.head_dim, weights.device)
+        self._layers = [Layer(config, weights, i) for i in range(config.num_layers)]
+        self._norm = _norm(config, weights, "model.norm")
+        self._softcap = config.final_logit_softcapping
+        if config.tie_word_embeddings:
+            weights.skip(["lm_head.weight"])
+        tied = config.tie_word_embeddings
+        self._head = Linear(self._embedding if tied else weights.take("lm_head.weight", *shape))
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        caches: list[LayerCache],
+        batch: kernels.PagedBatch,
+    ) -> Tensor:
+        x = F.embedding(token_ids, self._embedding) * self._embed_scale
+        angles, local = self._rotary(positions), self._rotary_local(positions)
+        for layer, cache in zip(self._layers, caches, strict=True):
+            x = layer(x, local if layer.sliding else angles, cache, batch)
+        return self._norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = self._head(hidden)
+        if self._softcap is None:
+            return logits
+        return torch.tanh(logits.float() / self._softcap) * self._softcap

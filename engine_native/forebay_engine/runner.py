@@ -1,0 +1,139 @@
+"""Runs steps: holds the model, its cache and the device; knows nothing of requests or queues."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from forebay_engine.batch import build_batch
+from forebay_engine.config import EngineConfig
+from forebay_engine.hf_config import ModelConfig, ModelError, read_config
+from forebay_engine.layers import LayerCache
+from forebay_engine.models import Model, build_model
+from forebay_engine.sampler import sample
+from forebay_engine.sequence import SamplingParams
+from forebay_engine.step import Row, StepPlan, StepResult
+from forebay_engine.weights import Weights
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+log = logging.getLogger(__name__)
+
+
+class Runner:
+    """A loaded model that executes step plans; building one reads the weights (seconds)."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        folder = Path(config.model).expanduser()
+        shape = read_config(folder)
+        self._device = torch.device("cpu")
+        self._dtype = _dtype(config.dtype, shape)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self._threads = config.threads
+        with Weights(folder, self._dtype, self._device) as weights, torch.inference_mode():
+            self._model: Model = build_model(shape, weights)
+        self.block_size = config.block_size
+        self.num_blocks = config.num_blocks or _num_blocks(config, shape, self._dtype)
+        self.max_model_len = _max_model_len(config, shape, self.num_blocks)
+        self.vocab_size = shape.vocab_size
+        self.eos_token_ids = shape.eos_token_ids
+        size = (shape.num_kv_heads, self.num_blocks, self.block_size, shape.head_dim)
+        self._caches = [
+            LayerCache(*(torch.zeros(size, dtype=self._dtype) for _ in range(2)))
+            for _ in range(shape.num_layers)
+        ]
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run the plan's tokens, write their keys and values, draw a token where one is asked."""
+        with torch.inference_mode():
+            batch = build_batch(plan, self.block_size, self._device)
+            hidden = self._model.forward(
+                batch.token_ids, batch.positions, self._caches, batch.paged
+            )
+            rows = [row for row in plan.rows if row.sample]
+            if not rows:
+                return StepResult(())
+            logits = self._model.logits(hidden[batch.sample_at])  # [samples, vocab]
+            return StepResult(sample(logits, rows, self.eos_token_ids))
+
+    def warm_up(self) -> None:
+        """Run steps until the kernels are laid out, and settle how many threads to use.
+
+        On a shared machine a second thread can cost more than it gives: a barrier waits while the
+        neighbour has the core. So real steps are timed, with one thread and with every core.
+        """
+        if self._threads:
+            self._timed_step()
+            return
+        choices = sorted({1, _cores()})
+        timed: dict[int, float] = {}
+        for threads in choices:
+            torch.set_num_threads(threads)
+            self._timed_step()
+            timed[threads] = min(self._timed_step() for _ in range(5))
+        self._threads = min(timed, key=lambda threads: timed[threads])
+        torch.set_num_threads(self._threads)
+        found = ", ".join(f"{n}: {1000 * seconds:.1f} ms" for n, seconds in timed.items())
+        log.info("compute threads: %d (one decode step by threads: %s)", self._threads, found)
+
+    def _timed_step(self) -> float:
+        """Seconds of a decode step of one token at position 0 of page 0, before any request."""
+        row = Row(
+            seq_id=-1,
+            token_ids=(0,),
+            start=0,
+            count=1,
+            block_table=(0,),
+            sample=True,
+            sampling=SamplingParams(temperature=0.0),
+            num_prompt=1,
+        )
+        begin = time.perf_counter()
+        self.execute(StepPlan((row,)))
+        return time.perf_counter() - begin
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _dtype(asked: str, shape: ModelConfig) -> torch.dtype:
+    if asked == "auto":
+        # float16 is slow on CPUs and bfloat16 would drop its mantissa bits.
+        asked = "float32" if shape.dtype == "float16" else shape.dtype
+    if asked not in _DTYPES:
+        raise ModelError(f"dtype {asked!r} is not one of auto, {', '.join(_DTYPES)}")
+    return _DTYPES[asked]
+
+
+def _num_blocks(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -> int:
+    token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
+    blocks = config.kv_cache_bytes // (token_bytes * config.block_size)
+    if blocks < 1:
+        raise ModelError(
+            f"kv_cache_bytes: {config.kv_cache_bytes} hold no page of {config.block_size} tokens "
+            f"({token_bytes} bytes each); give more"
+        )
+    return blocks
+
+
+def _max_model_len(config: EngineConfig, shape: ModelConfig, num_blocks: int) -> int:
+    """The asked length or the model's, as far as the cache can hold one sequence of it."""
+    if config.max_model_len > shape.max_position_embeddings:
+        raise ModelError(
+            f"max_model_len: {config.max_model_len} is more than the model's "
+            f"{shape.max_position_embeddings}"
+        )
+    asked, held = (
+        config.max_model_len or shape.max_position_embeddings,
+        num_blocks * config.block_size,
+    )
+    if asked > held:
+        log.info("max_model_len: %d, all that the KV cache holds, not %d", held, asked)
+    return min(asked, held)

@@ -1,0 +1,45 @@
+"""Where the tokens of one step lie in the paged cache: the input every attention shares."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagedBatch:
+    """Rows of a step, decode rows (one token) first, then prefill chunks; tokens are row after row.
+
+    Host copies of the row lengths lie beside the tensors so that no operator has to wait for the
+    device to learn its loop bounds.
+    """
+
+    #: First token of each row, and the end: ``rows + 1`` offsets into the step's tokens.
+    query_starts: tuple[int, ...]
+    #: Tokens of each row that are in the cache once this step has been stored.
+    seq_lens: tuple[int, ...]
+    #: Rows with one token, which come first.
+    num_decodes: int
+    #: Physical page of each logical page; what lies past a row's end is never read.
+    block_tables: Tensor  # [rows, max_pages] int32
+    #: ``seq_lens`` on the device.
+    lengths: Tensor  # [rows] int32
+    #: Cache slot (page * block_size + offset) of each token; negative: do not store it.
+    slots: Tensor  # [tokens] int64
+    #: What an implementation worked out for this step and reuses in the next layers.
+    memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.seq_lens)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.query_starts[-1]
+
+    def query_len(self, row: int) -> int:
+        """Tokens that a row runs in this step."""
+        return self.query_starts[row + 1] - self.query_starts[row]
