@@ -63,7 +63,7 @@ class Settings(PolicySettings, frozen=True):
     bound: Annotated[float, Meta(ge=1)] = 1.25
     """Times its fair share of the requests in flight that a backend may have, at least 1."""
     slack: Annotated[int, Meta(ge=1)] = 8
-    """Requests it may have on top of that, at least 1; a very great number switches the bound off."""
+    """Requests it may have on top of that, at least 1; a very great number lifts the bound."""
 
 
 class PrefixAffinity(Policy):
@@ -71,7 +71,7 @@ class PrefixAffinity(Policy):
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.PREFIX})
 
-    def __init__(self, settings: Settings = Settings()) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
     def score(self, request: GenerateRequest, snapshot: Snapshot) -> Sequence[Score]:

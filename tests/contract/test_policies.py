@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 
-import forebay_policies
 import pytest
+
+import forebay_policies
 from forebay.api import GenerateRequest, Policy, Score, Snapshot
 from forebay.testing.policy import PolicyContract
 from forebay_policies.prefix_affinity import PrefixAffinity, Settings

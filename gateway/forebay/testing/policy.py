@@ -1,5 +1,7 @@
 """For authors of policies: :func:`make_snapshot`, :func:`make_request`, :class:`PolicyContract`."""
 
+# ruff: noqa: S101 - a contract is made of assertions
+
 from __future__ import annotations
 
 import math
@@ -109,9 +111,7 @@ def snapshots(min_size: int = 1, max_size: int = 64) -> st.SearchStrategy[Snapsh
 
 
 def _fleet(views: Sequence[BackendView], **figures: int) -> Snapshot:
-    named = (
-        msgspec.structs.replace(view, name=f"b{index}") for index, view in enumerate(views)
-    )
+    named = (msgspec.structs.replace(view, name=f"b{index}") for index, view in enumerate(views))
     return Snapshot(model="model", backends=tuple(named), **figures)
 
 
@@ -137,18 +137,19 @@ class PolicyContract:
 
     def test_declares_what_it_is(self) -> None:
         policy = self.policy()
-        assert isinstance(policy, Policy)
-        assert isinstance(policy.needs, frozenset)
-        assert all(isinstance(need, Need) for need in policy.needs)
-        assert isinstance(policy.version, str)
-        assert policy.version
+        assert isinstance(policy, Policy), f"{type(policy).__name__} does not derive from Policy"
+        assert isinstance(policy.needs, frozenset), "needs must be a frozenset of Need"
+        assert all(isinstance(need, Need) for need in policy.needs), "needs may hold only Need"
+        assert isinstance(policy.version, str), "version must be a string"
+        assert policy.version, "version must not be empty"
 
     def test_scores_every_backend_within_0_and_1(self) -> None:
         policy, request = self.policy(), self.request()
 
         def check(snapshot: Snapshot) -> None:
             scores = policy.score(request, snapshot)
-            assert len(scores) == len(snapshot.backends)
+            size = len(snapshot.backends)
+            assert len(scores) == size, f"{len(scores)} scores for {size} backends"
             for score in scores:
                 assert score is None or _is_share(score), f"score {score!r} is not within 0 to 1"
 
@@ -159,8 +160,10 @@ class PolicyContract:
 
         def check(snapshot: Snapshot) -> None:
             scores = list(used.score(request, snapshot))
-            assert scores == list(used.score(request, snapshot))
-            assert scores == list(self.policy().score(self.request(), snapshot))
+            again = list(used.score(request, snapshot))
+            assert scores == again, f"scored {scores}, then {again}, for the same snapshot"
+            fresh = list(self.policy().score(self.request(), snapshot))
+            assert scores == fresh, f"scored {scores} after other fleets, {fresh} when new"
 
         self._for_any_fleet(check)
 
@@ -172,8 +175,8 @@ class PolicyContract:
             seen = msgspec.msgpack.encode(snapshot)
             policy.score(request, snapshot)
             policy.propensity(request, snapshot)
-            assert msgspec.msgpack.encode(snapshot) == seen
-            assert msgspec.msgpack.encode(request) == sent
+            assert msgspec.msgpack.encode(snapshot) == seen, "the snapshot was changed"
+            assert msgspec.msgpack.encode(request) == sent, "the request was changed"
 
         self._for_any_fleet(check)
 
@@ -185,12 +188,13 @@ class PolicyContract:
             if chances is None:
                 return
             scores = policy.score(request, snapshot)
-            assert len(chances) == len(scores)
-            assert all(_is_share(chance) for chance in chances)
+            assert len(chances) == len(scores), f"{len(chances)} chances, {len(scores)} scores"
+            assert all(_is_share(chance) for chance in chances), f"{chances} are not within 0 to 1"
             eligible = [score is not None for score in scores]
             total = sum(c for c, ok in zip(chances, eligible, strict=True) if ok)
-            assert math.isclose(total, float(any(eligible)), abs_tol=1e-9)
-            assert not any(c for c, ok in zip(chances, eligible, strict=True) if not ok)
+            assert math.isclose(total, float(any(eligible)), abs_tol=1e-9), f"sum is {total}"
+            vetoed = [c for c, ok in zip(chances, eligible, strict=True) if not ok]
+            assert not any(vetoed), "a vetoed backend has a chance"
 
         self._for_any_fleet(check)
 
@@ -213,7 +217,7 @@ class PolicyContract:
             for wins, chance in zip(_wins(rows), chances, strict=True):
                 # Six standard deviations and a half win for the normal approximation.
                 slack = 6 * math.sqrt(draws * chance * (1 - chance)) + 0.5
-                assert abs(wins - draws * chance) <= slack
+                assert abs(wins - draws * chance) <= slack, f"{wins} of {draws}, said {chance}"
 
         # Hundreds of scores a fleet: small fleets, and no time spent on finding a smaller one.
         self._for_any_fleet(check, max_size=6, examples=10, phases=(Phase.generate,))
