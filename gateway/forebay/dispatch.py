@@ -1,0 +1,422 @@
+"""Carrying out a decision: attempts, failover before the first byte, feedback after the last."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+
+import structlog
+from msgspec import structs
+
+from forebay.admission import Admission
+from forebay.api import (
+    Attempt,
+    AttemptRecord,
+    BackendBusy,
+    BackendError,
+    BackendFailed,
+    BackendGarbage,
+    ConnectFailed,
+    Decision,
+    Delta,
+    Event,
+    Finished,
+    ForebayError,
+    GenerateRequest,
+    NoBackend,
+    Outcome,
+    Overloaded,
+    Relayed,
+    StaleConnection,
+    Started,
+)
+from forebay.config import Model
+from forebay.fleet import Backend
+from forebay.prefix_index import PrefixIndex
+from forebay.recorder import Recorder
+from forebay.routing import Choice, Router, refusal
+from forebay.telemetry.tracing import AttemptTrace, RequestTrace
+from forebay.watchdog import Watchdog
+
+log = structlog.get_logger("forebay.dispatch")
+
+
+class Flight:
+    """One request on its way. ``open``, iterate over ``events``, and ``close`` in every case."""
+
+    def __init__(
+        self, dispatch: Dispatch, request: GenerateRequest, trace: RequestTrace, arrived: float
+    ) -> None:
+        self.request = request
+        self._dispatch = dispatch
+        self._trace = trace
+        self._arrived = arrived  # perf_counter
+        self._settings = dispatch.models[request.model]
+        self._watchdog = Watchdog(self._settings.timeouts.total)
+        self._choice: Choice | None = None
+        self._attempts: list[AttemptRecord] = []
+        self._live: _Try | None = None
+        self._queue = 0.0
+        self._overhead = 0.0
+        self._ttft: float | None = None
+        self._events = 0
+        self._finished: Finished | None = None
+        self._reasons: dict[int, str] = {}
+        self._lane = ""
+
+    @property
+    def decision(self) -> Decision | None:
+        return self._choice.decision if self._choice else None
+
+    @property
+    def backend(self) -> str | None:
+        """Whose answer this is, once there is one."""
+        return self._live.backend.name if self._live else None
+
+    @property
+    def attempts(self) -> int:
+        return len(self._attempts) + (self._live is not None)
+
+    @property
+    def overhead(self) -> float:
+        """Seconds from arrival to the first attempt, without the wait in the queue."""
+        return self._overhead
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._arrived
+
+    async def open(self) -> Event:
+        """The first event of the answer, from whichever candidate gives one.
+
+        :raises ForebayError: nobody did; of several failures the last.
+        """
+        choice = await self._choose()
+        self._overhead = self._now() - self._queue
+        error: ForebayError | None = None
+        for backend, tokens in zip(choice.backends, choice.tokens, strict=True):
+            if len(self._attempts) >= self._settings.max_attempts:
+                break
+            if error is not None and (backend.full or backend.state() != "healthy"):
+                continue  # the world has moved on since the decision
+            for _ in range(2):  # a stale connection is tried again on the same backend, once
+                try:
+                    return await self._first(backend, tokens)
+                except StaleConnection as stale:
+                    error = stale
+                except BackendError as failure:
+                    if not failure.retryable:
+                        raise
+                    error = failure
+                    break
+        raise error or NoBackend("no attempt was made", retry_after=1.0)
+
+    async def _choose(self) -> Choice:
+        """Wait for a turn and decide; again if by then the backends that can do it are full."""
+        gate = self._dispatch.admission.gate(self.request.model)
+        begun = self._now()
+        await gate.enter()
+        self._queue = self._now() - begun
+        while True:
+            start = time.time_ns()
+            arrived = time.time() - self._now()
+            try:
+                choice = self._dispatch.router.choose(self.request, arrived, self._trace.trace_id)
+            finally:
+                gate.passed()
+            self._choice = choice
+            self._trace.decided(choice.decision, start, time.time_ns())
+            if choice.backends:
+                self._dispatch.recorder.started(choice.decision)
+                return choice
+            reason = refusal(choice.decision)
+            if reason is not None:
+                raise reason
+            await gate.wait_for_change()
+            self._queue = self._now() - begun
+
+    async def _first(self, backend: Backend, tokens: int) -> Event:
+        """One attempt up to its first event that says something."""
+        request, settings = self.request, self._settings
+        number = len(self._attempts) + 1
+        trace = self._trace.attempt(
+            number, backend.name, backend.provider, backend.address, request
+        )
+        attempt = Attempt(number=number, headers=trace.headers, timeouts=settings.timeouts)
+        live = self._live = _Try(backend, tokens, trace, self._now())
+        live.begin(backend.adapter.stream(request, attempt))
+        self._watchdog.wait("first_token", settings.timeouts.first_token)
+        try:
+            event = await self._next(live)
+            while isinstance(event, Started):
+                event = await self._next(live)
+        except BackendError as error:
+            await self._failed(live, error)
+            raise
+        self._ttft = self._now()
+        trace.first_token()
+        live.answered(self._ttft - live.started)
+        self._lane = "relay" if isinstance(event, Relayed) else "typed"
+        self._insert_prefix(backend)
+        self._dispatch.recorder.first_token(self._choice_made.decision, self._ttft)
+        return event
+
+    @property
+    def _choice_made(self) -> Choice:
+        if self._choice is None:
+            raise RuntimeError("nothing was decided yet")
+        return self._choice
+
+    async def _next(self, live: _Try) -> Event:
+        """The adapter's next event; whatever goes wrong there becomes a BackendError."""
+        try:
+            event = await anext(live.events)
+        except StopAsyncIteration:
+            raise BackendGarbage("the adapter ended without Finished") from None
+        except asyncio.CancelledError:
+            expired = self._watchdog.catch()
+            if expired is None:
+                raise
+            raise expired from None
+        except ForebayError:
+            raise
+        except Exception as error:
+            log.exception("adapter raised", backend=live.backend.name)
+            raise BackendFailed(f"the adapter raised {type(error).__name__}") from error
+        if isinstance(event, Finished):
+            self._finished = event
+        elif isinstance(event, Relayed):
+            self._events += event.events
+        elif isinstance(event, Delta):
+            self._events += 1
+            if event.finish_reason is not None:
+                self._reasons[event.index] = event.finish_reason
+        return event
+
+    async def events(self, first: Event) -> AsyncIterator[Event]:
+        """All events, ``first`` included; ends after ``Finished``.
+
+        :raises BackendError: the stream broke. Nothing is retried any more.
+        """
+        live = self._live
+        if live is None:
+            raise RuntimeError("open it first")
+        inter_token = self._settings.timeouts.inter_token
+        event = first
+        while True:
+            # While the client takes its bytes, the backend is not to blame for the pause.
+            self._watchdog.rest()
+            yield event
+            if isinstance(event, Finished):
+                return
+            self._watchdog.wait("inter_token", inter_token)
+            event = await self._next(live)
+
+    async def close(self, status: int, error: BaseException | None) -> Decision:
+        """End it: upstream closed, slot back, everything told to whom it concerns.
+
+        ``status``: what the client was sent; 499: it had gone. ``error``: what ended the request,
+        None if the answer is complete.
+        """
+        self._watchdog.stop()
+        live, self._live = self._live, None
+        if live is not None:
+            await self._settle(live, error)
+        outcome = Outcome(
+            result=_result(status, error, self._ttft is not None),
+            status=status,
+            error=None if error is None else _kind(error),
+            queue=self._queue,
+            ttft=self._ttft,
+            duration=self._now(),
+            overhead=self._overhead,
+            events=self._events,
+            finish_reasons=self._finish_reasons(),
+            usage=self._finished.usage if self._finished else None,
+            timings=self._finished.timings if self._finished else None,
+            lane=self._lane,
+        )
+        decision = self.decision or self._undecided()
+        decision = structs.replace(decision, attempts=tuple(self._attempts), outcome=outcome)
+        self._dispatch.recorder.finished(decision, self.request.stream)
+        return decision
+
+    def _finish_reasons(self) -> tuple[str, ...]:
+        """As the adapter says, or as seen in the typed events."""
+        if self._finished is not None and self._finished.finish_reasons:
+            return self._finished.finish_reasons
+        return tuple(self._reasons[index] for index in sorted(self._reasons))
+
+    def _undecided(self) -> Decision:
+        """For a request that left or was refused before it was routed."""
+        request = self.request
+        return Decision(
+            request_id=request.id,
+            time=time.time() - self._now(),
+            endpoint=request.endpoint,
+            model=request.model,
+            identity=request.identity,
+            policy="",
+            policy_version="",
+            seed=0,
+            candidates=(),
+            order=(),
+            trace_id=self._trace.trace_id,
+        )
+
+    async def _settle(self, live: _Try, error: BaseException | None) -> None:
+        """The last attempt has ended: well, badly in mid-stream, or by the client's leaving."""
+        if isinstance(error, BackendError):
+            await self._failed(live, error)
+            return
+        await live.end()
+        kind = None if error is None else _kind(error)
+        self._record(live, kind)
+        finished = self._finished
+        if finished is not None:
+            live.backend.health.succeeded()
+            self._learn(live.backend, finished)
+        else:
+            live.backend.health.inconclusive()
+        live.trace.end(
+            usage=finished.usage if finished else None,
+            timings=finished.timings if finished else None,
+            finish_reasons=self._finish_reasons(),
+            error=kind,
+            synthesise=not live.backend.settings.exports_traces,
+            lane=self._lane,
+        )
+        self._dispatch.admission.wake()
+
+    async def _failed(self, live: _Try, error: BackendError) -> None:
+        """An attempt failed: tell health, trace and record; free its slot."""
+        self._live = None
+        await live.end()
+        backend = live.backend
+        now = time.monotonic()
+        backend.failures += 1
+        if isinstance(error, BackendBusy):
+            backend.health.said_busy(now, error.retry_after)
+        elif error.counts:
+            backend.health.failed(now, error.message)
+            if isinstance(error, ConnectFailed):
+                backend.doubt.set()
+        else:
+            backend.health.inconclusive()
+        self._record(live, error.kind)
+        live.trace.end(error=error.kind, lane=self._lane)
+        log.warning(
+            "attempt failed",
+            request_id=self.request.id,
+            backend=backend.name,
+            attempt=len(self._attempts),
+            error=error.kind,
+            reason=error.message,
+        )
+        self._dispatch.admission.wake()
+
+    def _record(self, live: _Try, error: str | None) -> None:
+        self._attempts.append(
+            AttemptRecord(live.backend.name, live.started, self._now() - live.started, error)
+        )
+        self._dispatch.recorder.attempt(live.backend.name, error)
+
+    def _insert_prefix(self, backend: Backend) -> None:
+        key = self._choice_made.key
+        if key is not None:
+            self._dispatch.index.insert(key, backend.name)
+
+    def _learn(self, backend: Backend, finished: Finished) -> None:
+        choice = self._choice_made
+        if choice.key is None or finished.usage is None:
+            return
+        predicted = next(
+            c.prefix_tokens for c in choice.decision.candidates if c.backend == backend.name
+        )
+        self._dispatch.index.learn(choice.key, backend.name, finished.usage, predicted)
+
+
+class _Try:
+    """One attempt under way, and the load that it puts on its backend."""
+
+    def __init__(self, backend: Backend, tokens: int, trace: AttemptTrace, started: float) -> None:
+        self.backend = backend
+        self.trace = trace
+        #: Seconds after the request's arrival.
+        self.started = started
+        self.events: AsyncIterator[Event]
+        self._tokens = tokens
+
+    def begin(self, events: AsyncIterator[Event]) -> None:
+        self.events = events
+        self.backend.in_flight += 1
+        self.backend.queued_tokens += self._tokens
+        self.backend.requests += 1
+        self.backend.health.began()
+
+    def answered(self, ttft: float) -> None:
+        """The first event has come: its prompt is no longer queued there."""
+        self.backend.first_token(ttft)
+        self._dequeue()
+
+    def _dequeue(self) -> None:
+        self.backend.queued_tokens -= self._tokens
+        self._tokens = 0
+
+    async def end(self) -> None:
+        """Close the adapter's stream, with it the upstream, and give the slot back."""
+        self._dequeue()
+        self.backend.in_flight -= 1
+        if isinstance(self.events, AsyncGenerator):
+            async with aclosing(self.events):
+                pass
+
+
+class Dispatch:
+    """Makes flights; holds what they all need."""
+
+    def __init__(
+        self,
+        models: dict[str, Model],
+        admission: Admission,
+        router: Router,
+        index: PrefixIndex,
+        recorder: Recorder,
+    ) -> None:
+        self.models = models
+        self.admission = admission
+        self.router = router
+        self.index = index
+        self.recorder = recorder
+
+    def flight(self, request: GenerateRequest, trace: RequestTrace, arrived: float) -> Flight:
+        """``arrived`` by ``time.perf_counter``.
+
+        :raises UnknownModel: nobody serves the request's model.
+        """
+        self.router.check_model(request.model)
+        return Flight(self, request, trace, arrived)
+
+
+def _kind(error: BaseException) -> str:
+    if isinstance(error, asyncio.CancelledError):
+        return "client_disconnected"
+    return error.kind if isinstance(error, ForebayError) else "internal_error"
+
+
+def _result(status: int, error: BaseException | None, begun: bool) -> str:
+    """The outcome's one word, from a closed set."""
+    if error is None:
+        return "ok"
+    if status == 499:
+        return "client_disconnect"
+    if isinstance(error, Overloaded | NoBackend):
+        return "shed"
+    if isinstance(error, BackendError):
+        if begun:
+            return "truncated"
+        if error.status == 504:
+            return "upstream_timeout"
+        return "client_error" if error.status < 500 else "upstream_error"
+    return "client_error" if 400 <= status < 500 else "internal_error"

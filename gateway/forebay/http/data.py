@@ -1,0 +1,113 @@
+"""The data port: what clients see."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+from litestar import Litestar, Request, Response, asgi, get
+from litestar.exceptions import HTTPException
+from litestar.handlers import ASGIRouteHandler, HTTPRouteHandler
+from litestar.types import ASGIApp, Receive, Scope, Send
+
+from forebay.access import Access
+from forebay.api import ForebayError, RequestError, UnknownModel
+from forebay.config import Limits
+from forebay.dispatch import Dispatch
+from forebay.http.decode import decode_chat, decode_completion
+from forebay.http.generate import Generate
+from forebay.http.reply import error_object, send_error
+from forebay.telemetry.tracing import Tracing
+
+AnyRequest = Request[Any, Any, Any]
+
+
+class NoRoute(RequestError):
+    kind = "not_found"
+    status = 404
+
+
+class WrongMethod(RequestError):
+    kind = "method_not_allowed"
+    status = 405
+
+
+def build_data_app(
+    dispatch: Dispatch,
+    access: Access,
+    limits: Limits,
+    tracing: Tracing,
+    middleware: Iterable[Callable[[ASGIApp], ASGIApp]],
+) -> ASGIApp:
+    """The data port's ASGI application, plugins' middleware around it."""
+    chat = Generate("chat", "/v1/chat/completions", decode_chat, dispatch, access, limits, tracing)
+    completions = Generate(
+        "completions", "/v1/completions", decode_completion, dispatch, access, limits, tracing
+    )
+    app: ASGIApp = Litestar(
+        route_handlers=[
+            _post_only("/v1/chat/completions", chat),
+            _post_only("/v1/completions", completions),
+            *_model_routes(dispatch, access),
+        ],
+        exception_handlers={ForebayError: _refused, HTTPException: _not_routed},
+        openapi_config=None,
+        logging_config=None,
+    )
+    for wrap in reversed(list(middleware)):
+        app = wrap(app)
+    return app
+
+
+def _post_only(route: str, generate: Generate) -> ASGIRouteHandler:
+    @asgi(route, copy_scope=False)
+    async def handle(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("method") == "POST":
+            await generate(scope, receive, send)
+        else:
+            await send_error(send, WrongMethod(f"{route} takes POST"), [(b"allow", b"POST")])
+
+    return handle
+
+
+def _model_routes(dispatch: Dispatch, access: Access) -> list[HTTPRouteHandler]:
+    started = int(time.time())
+
+    def card(name: str) -> dict[str, object]:
+        return {"id": name, "object": "model", "created": started, "owned_by": "forebay"}
+
+    @get("/v1/models", sync_to_thread=False)
+    def models(request: AnyRequest) -> Response[bytes]:
+        access.identify(request.headers)
+        return _json({"object": "list", "data": [card(name) for name in dispatch.models]})
+
+    @get("/v1/models/{name:path}", sync_to_thread=False)
+    def model(request: AnyRequest, name: str) -> Response[bytes]:
+        access.identify(request.headers)
+        name = name.removeprefix("/")
+        if name not in dispatch.models:
+            raise UnknownModel(
+                f"the model {name!r} does not exist here; GET /v1/models lists those that do",
+                param="model",
+            )
+        return _json(card(name))
+
+    return [models, model]
+
+
+def _json(value: object, status: int = 200) -> Response[bytes]:
+    return Response(msgspec.json.encode(value), status_code=status, media_type="application/json")
+
+
+def _refused(_: AnyRequest, error: ForebayError) -> Response[bytes]:
+    return _json(error_object(error), error.status)
+
+
+def _not_routed(request: AnyRequest, error: HTTPException) -> Response[bytes]:
+    if error.status_code == WrongMethod.status:
+        return _refused(request, WrongMethod(f"{request.url.path} does not take {request.method}"))
+    if error.status_code == NoRoute.status:
+        return _refused(request, NoRoute(f"there is no {request.url.path} here"))
+    return _json(error_object(ForebayError(error.detail)), error.status_code)

@@ -1,0 +1,205 @@
+"""The typed lane's way out: events become OpenAI chunks, or one OpenAI body.
+
+What strict clients need (openai-node, LangChain) and get: ``id`` and ``created`` constant, the role
+once per choice, every choice finished by a reason within the enum, usage in the last chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from forebay.api import Delta, GenerateRequest, TokenLogprob, Usage
+
+DONE = b"data: [DONE]\n\n"
+_encode = msgspec.json.encode
+
+
+class ChunkEncoder:
+    """Of one streamed answer."""
+
+    def __init__(self, request: GenerateRequest) -> None:
+        self._chat = request.endpoint == "chat"
+        self._include_usage = request.include_usage
+        self._offsets: dict[int, int] = {}
+        head: dict[str, object] = {
+            "id": answer_id(request),
+            "object": "chat.completion.chunk" if self._chat else "text_completion",
+            "created": request.created,
+            "model": request.model,
+        }
+        # The head is the same in every chunk: encoded once, without its closing brace.
+        self._head = b"data: " + _encode(head)[:-1] + b',"choices":['
+        self._tail = b'],"usage":null}\n\n' if request.include_usage else b"]}\n\n"
+        self._begun: set[int] = set()
+
+    def begin(self, choices: int) -> bytes:
+        """The role of each choice, in order of index; nothing for completions."""
+        if not self._chat:
+            return b""
+        return b"".join(
+            self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}})
+            for index in range(choices)
+        )
+
+    def _chunk(self, choice: dict[str, Any]) -> bytes:
+        choice.setdefault("logprobs", None)
+        choice.setdefault("finish_reason", None)
+        return self._head + _encode(choice) + self._tail
+
+    def delta(self, delta: Delta) -> bytes:
+        choice: dict[str, Any] = {"index": delta.index, "finish_reason": delta.finish_reason}
+        if self._chat:
+            choice["delta"] = _chat_delta(delta)
+            if delta.logprobs:
+                choice["logprobs"] = chat_logprobs(delta.logprobs)
+        else:
+            choice["text"] = delta.text
+            if delta.logprobs:
+                offset = self._offsets.get(delta.index, 0)
+                choice["logprobs"] = completion_logprobs(delta.logprobs, offset)
+                self._offsets[delta.index] = offset + sum(len(t.token) for t in delta.logprobs)
+        return self._chunk(choice)
+
+    def usage(self, usage: Usage | None) -> bytes:
+        """The usage chunk, if it was asked for."""
+        if not self._include_usage or usage is None:
+            return b""
+        return self._head + b'],"usage":' + _encode(usage_object(usage)) + b"}\n\n"
+
+
+def _chat_delta(delta: Delta) -> dict[str, Any]:
+    message: dict[str, Any] = {}
+    if delta.text or not (delta.tool_calls or delta.reasoning or delta.finish_reason):
+        message["content"] = delta.text
+    if delta.reasoning:
+        message["reasoning_content"] = delta.reasoning
+    if delta.tool_calls:
+        message["tool_calls"] = [
+            {
+                "index": call.index,
+                **({"id": call.id, "type": "function"} if call.id else {}),
+                "function": {
+                    **({"name": call.name} if call.name else {}),
+                    "arguments": call.arguments,
+                },
+            }
+            for call in delta.tool_calls
+        ]
+    return message
+
+
+class Answer:
+    """One non-streamed answer, put together from its events."""
+
+    def __init__(self, request: GenerateRequest) -> None:
+        self._request = request
+        self._parts: list[list[Delta]] = [[] for _ in range(request.choices)]
+
+    def add(self, delta: Delta) -> None:
+        self._parts[delta.index].append(delta)
+
+    def body(self, usage: Usage | None) -> bytes:
+        request = self._request
+        chat = request.endpoint == "chat"
+        choice = _chat_choice if chat else _completion_choice
+        answer: dict[str, object] = {
+            "id": answer_id(request),
+            "object": "chat.completion" if chat else "text_completion",
+            "created": request.created,
+            "model": request.model,
+            "choices": [choice(index, parts) for index, parts in enumerate(self._parts)],
+            "usage": usage_object(usage or Usage(0, 0, source="counted")),
+        }
+        return _encode(answer)
+
+
+def _chat_choice(index: int, parts: Sequence[Delta]) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": "".join(p.text for p in parts)}
+    if reasoning := "".join(part.reasoning for part in parts):
+        message["reasoning_content"] = reasoning
+    if calls := _tool_calls(parts):
+        message["tool_calls"] = calls
+        message["content"] = message["content"] or None
+    logprobs = [entry for part in parts for entry in part.logprobs]
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": chat_logprobs(logprobs) if logprobs else None,
+        "finish_reason": _reason(parts),
+    }
+
+
+def _completion_choice(index: int, parts: Sequence[Delta]) -> dict[str, Any]:
+    logprobs = [entry for part in parts for entry in part.logprobs]
+    return {
+        "index": index,
+        "text": "".join(part.text for part in parts),
+        "logprobs": completion_logprobs(logprobs, 0) if logprobs else None,
+        "finish_reason": _reason(parts),
+    }
+
+
+def _tool_calls(parts: Sequence[Delta]) -> list[dict[str, Any]]:
+    calls: dict[int, dict[str, Any]] = {}
+    for piece in (call for part in parts for call in part.tool_calls):
+        call = calls.setdefault(
+            piece.index,
+            {"id": piece.id, "type": "function", "function": {"name": piece.name, "arguments": ""}},
+        )
+        call["function"]["arguments"] += piece.arguments
+    return [calls[index] for index in sorted(calls)]
+
+
+def _reason(parts: Sequence[Delta]) -> str:
+    return next((p.finish_reason for p in reversed(parts) if p.finish_reason), "stop")
+
+
+def answer_id(request: GenerateRequest) -> str:
+    """``chatcmpl-…`` or ``cmpl-…`` of the request's own id."""
+    return f"{'chatcmpl' if request.endpoint == 'chat' else 'cmpl'}-{request.id}"
+
+
+def usage_object(usage: Usage) -> dict[str, object]:
+    answer: dict[str, object] = {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }
+    if usage.cached_tokens is not None:
+        answer["prompt_tokens_details"] = {"cached_tokens": usage.cached_tokens}
+    return answer
+
+
+def chat_logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """``logprobs`` of a chat choice."""
+    return {
+        "content": [
+            {
+                **_token(entry.token, entry.logprob),
+                "top_logprobs": [_token(token, logprob) for token, logprob in entry.top],
+            }
+            for entry in entries
+        ],
+        "refusal": None,
+    }
+
+
+def _token(token: str, logprob: float) -> dict[str, Any]:
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+
+
+def completion_logprobs(entries: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
+    """``logprobs`` of a completions choice; ``offset`` in characters from the answer's begin."""
+    offsets = []
+    for entry in entries:
+        offsets.append(offset)
+        offset += len(entry.token)
+    return {
+        "tokens": [entry.token for entry in entries],
+        "token_logprobs": [entry.logprob for entry in entries],
+        "top_logprobs": [dict(entry.top) or None for entry in entries],
+        "text_offset": offsets,
+    }

@@ -1,0 +1,212 @@
+"""The relay: a raw ASGI handler for the two endpoints that generate text.
+
+Written against ASGI itself because what matters here cannot be had above it: the upstream is
+closed within milliseconds when the client leaves, the next upstream read waits for the client's
+socket, and an event costs one ``send``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import msgspec
+import structlog
+from litestar.types import Receive, Scope, Send
+
+from forebay.access import Access
+from forebay.api import (
+    Delta,
+    Endpoint,
+    Event,
+    Finished,
+    ForebayError,
+    GenerateRequest,
+    Identity,
+    Relayed,
+)
+from forebay.config import Limits
+from forebay.dispatch import Dispatch, Flight
+from forebay.http.encode import DONE, Answer, ChunkEncoder
+from forebay.http.intake import ClientLeft, read_body, read_headers, request_id
+from forebay.http.reply import Headers, error_object, send_body, send_error
+from forebay.telemetry.tracing import RequestTrace, Tracing
+
+log = structlog.get_logger("forebay.http")
+
+Decode = Callable[[bytes, Limits, str, int, Identity], GenerateRequest]
+
+_STREAM_HEADERS: Headers = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache, no-transform"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class Generate:
+    """One endpoint."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        route: str,
+        decode: Decode,
+        dispatch: Dispatch,
+        access: Access,
+        limits: Limits,
+        tracing: Tracing,
+    ) -> None:
+        self._endpoint = endpoint
+        self._route = route
+        self._decode = decode
+        self._dispatch = dispatch
+        self._access = access
+        self._limits = limits
+        self._tracing = tracing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        identity_headers: Headers = []
+        trace: RequestTrace | None = None
+        try:
+            headers = read_headers(scope["headers"], self._limits.header_bytes)
+            rid = request_id(headers)
+            identity_headers.append((b"x-request-id", rid.encode()))
+            identity = self._access.identify(headers)
+            trace = self._tracing.request(self._route, "POST", headers)
+            body = await read_body(receive, headers, self._limits.body_bytes)
+            arrived = time.perf_counter()
+            request = self._decode(body, self._limits, rid, int(time.time()), identity)
+            flight = self._dispatch.flight(request, trace, arrived)
+        except ForebayError as error:
+            if not isinstance(error, ClientLeft):
+                await send_error(send, error, identity_headers)
+            self._dispatch.recorder.refused(self._endpoint, error.kind)
+            if trace is not None:
+                trace.end(error.status, None, error.kind)
+            return
+        await Exchange(flight, trace, send, identity_headers).run(receive)
+
+
+class Exchange:
+    """One request being answered."""
+
+    def __init__(self, flight: Flight, trace: RequestTrace, send: Send, headers: Headers) -> None:
+        self._flight = flight
+        self._trace = trace
+        self._send = send
+        self._headers = headers
+        self._status = 0
+        self._task = asyncio.current_task()
+        # All has been sent: the server reports that, too, as a disconnect.
+        self._answered = False
+
+    async def run(self, receive: Receive) -> None:
+        """Answer; whatever happens, the flight is closed and the trace ended."""
+        leaving = asyncio.create_task(self._watch_client(receive))
+        error: BaseException | None = None
+        try:
+            await self._answer()
+        except ForebayError as failure:
+            error = failure
+            await self._fail(failure)
+        except asyncio.CancelledError as cancelled:
+            error = cancelled
+            if not leaving.done() or self._task is None:
+                raise  # the server stops; not the client
+            self._task.uncancel()
+            self._status = 499
+        except Exception as bug:
+            error = bug
+            log.exception("request failed", request_id=self._flight.request.id)
+            await self._fail(ForebayError("an error inside the gateway; see its log"))
+        finally:
+            leaving.cancel()
+            decision = await self._flight.close(self._status, error)
+            kind = decision.outcome.error if decision.outcome else None
+            self._trace.end(self._status, decision, kind)
+
+    async def _answer(self) -> None:
+        first = await self._flight.open()
+        self._headers += self._routing_headers()
+        if self._flight.request.stream:
+            await self._stream(first)
+        else:
+            await self._whole(first)
+
+    def _routing_headers(self) -> Headers:
+        flight = self._flight
+        policy = flight.decision.policy if flight.decision else ""
+        return [
+            (b"x-forebay-backend", (flight.backend or "").encode()),
+            (b"x-forebay-policy", policy.encode()),
+            (b"x-forebay-attempts", str(flight.attempts).encode()),
+            (b"x-forebay-overhead-ms", f"{flight.overhead * 1e3:.3f}".encode()),
+        ]
+
+    async def _stream(self, first: Event) -> None:
+        encoder = None
+        head = b""
+        if not isinstance(first, Relayed):
+            encoder = ChunkEncoder(self._flight.request)
+            head = encoder.begin(self._flight.request.choices)
+        self._status = 200
+        send = self._send
+        await send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [*_STREAM_HEADERS, *self._headers],
+            }
+        )
+        async for event in self._flight.events(first):
+            match event:
+                case Relayed():
+                    data = event.data
+                case Delta() if encoder:
+                    data = head + encoder.delta(event)
+                case Finished():
+                    data = head + (encoder.usage(event.usage) if encoder else b"") + DONE
+                case _:
+                    raise TypeError(f"{event!r} does not belong into this lane")
+            head = b""
+            self._answered = isinstance(event, Finished)
+            await send(
+                {"type": "http.response.body", "body": data, "more_body": not self._answered}
+            )
+
+    async def _whole(self, first: Event) -> None:
+        body = b""
+        answer = Answer(self._flight.request)
+        async for event in self._flight.events(first):
+            match event:
+                case Relayed():
+                    body += event.data
+                case Delta():
+                    answer.add(event)
+                case Finished():
+                    body = body or answer.body(event.usage)
+        self._status = 200
+        self._answered = True
+        await send_body(self._send, 200, self._headers, body)
+
+    async def _fail(self, error: ForebayError) -> None:
+        """Before the first byte an error response; after it an error event, and no ``[DONE]``."""
+        self._answered = True
+        if self._status == 0:
+            self._status = error.status
+            self._headers.append((b"x-forebay-attempts", str(self._flight.attempts).encode()))
+            await send_error(self._send, error, self._headers)
+            return
+        # The connection may be gone as well; then there is nobody left to tell.
+        with suppress(OSError):
+            data = b"data: " + msgspec.json.encode(error_object(error)) + b"\n\n"
+            await self._send({"type": "http.response.body", "body": data, "more_body": False})
+
+    async def _watch_client(self, receive: Receive) -> None:
+        """Cancel the answering task when the client closes its connection."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        if self._task is not None and not self._answered:
+            self._task.cancel()
