@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import pytest
 from msgspec import Meta
@@ -11,12 +11,17 @@ from forebay.api import (
     AdapterKind,
     BackendSettings,
     ConfigError,
+    GenerateRequest,
     HttpBackendSettings,
     Policy,
+    PolicyKind,
+    Snapshot,
     Timeouts,
+    hookimpl,
 )
 from forebay.config import Config, Share
 from forebay.config_file import InvalidConfig, build, load, parse, read_tree, warnings
+from forebay.loader import Registry, load_plugins
 
 
 class LlamaSettings(HttpBackendSettings, kw_only=True, frozen=True):
@@ -36,25 +41,29 @@ def _never_built(*_: Any) -> Any:
     raise AssertionError("reading a configuration builds no adapter")
 
 
-class StandInRegistry:
-    adapters: ClassVar = {
-        "llamacpp": AdapterKind(name="llamacpp", settings=LlamaSettings, build=_never_built),
-        "native": AdapterKind(name="native", settings=NativeSettings, build=_never_built),
-    }
+class StandInPlugin:
+    """Two adapters and a policy, offered as any plugin would."""
 
-    def __init__(self) -> None:
-        self.asked: list[tuple[object, Path]] = []
+    @hookimpl
+    def adapters(self) -> list[AdapterKind]:
+        return [
+            AdapterKind(name="llamacpp", settings=LlamaSettings, build=_never_built),
+            AdapterKind(name="native", settings=NativeSettings, build=_never_built),
+        ]
 
-    def policy(self, spec: str | dict[str, Any], base_dir: Path) -> Policy:
-        self.asked.append((spec, base_dir))
-        if spec == "round_robbin":
-            raise ConfigError("no policy named round_robbin; did you mean round_robin?")
-        return _StandInPolicy()
+    @hookimpl
+    def policies(self) -> list[PolicyKind]:
+        names = ("round_robin", "prefix_affinity")
+        return [PolicyKind(name=name, build=lambda _: StandInPolicy()) for name in names]
 
 
-class _StandInPolicy(Policy):
-    def score(self, request: object, snapshot: object) -> list[float]:
+class StandInPolicy(Policy):
+    def score(self, request: GenerateRequest, snapshot: Snapshot) -> list[float]:
         raise AssertionError("not part of reading a configuration")
+
+
+def registry() -> Registry:
+    return load_plugins([], {"stand-in": StandInPlugin()})
 
 
 GOOD = """
@@ -77,13 +86,14 @@ def mistakes(section: str) -> list[tuple[str, str]]:
 
 
 def read(text: str, environ: dict[str, str] | None = None, *, insecure: bool = False) -> Config:
-    return parse(text, StandInRegistry(), environ or {}, Path("/etc/forebay"), insecure=insecure)
+    return parse(text, registry(), environ or {}, Path("/etc/forebay"), insecure=insecure)
 
 
 def problems(text: str, environ: dict[str, str] | None = None) -> list[str]:
     with pytest.raises(InvalidConfig) as caught:
         read(text, environ)
-    return list(caught.value.problems)
+    # The loader adds which installed plugins were left out, which differs with the environment.
+    return [line.partition(". Left out")[0] for line in caught.value.problems]
 
 
 def test_backends_get_the_settings_of_their_adapter() -> None:
@@ -141,7 +151,7 @@ def test_all_problems_are_shown_together_in_one_message() -> None:
 
 def test_a_broken_backend_is_not_also_reported_as_missing() -> None:
     assert problems("backends: {b: {adapter: nope}}\nmodels: {m: {backends: [b]}}") == [
-        "backends.b.adapter: no adapter named nope; known: llamacpp, native"
+        "backends.b.adapter: no adapter is named 'nope'; there are: llamacpp, native"
     ]
 
 
@@ -201,30 +211,33 @@ def test_loopback_needs_no_keys(host: str) -> None:
 
 
 def test_policy_files_are_relative_to_the_file(tmp_path: Path) -> None:
-    registry = StandInRegistry()
     path = tmp_path / "forebay.yaml"
+    for file, name in ("mine.py", "Mine"), ("other.py", "Other"):
+        (tmp_path / file).write_text(
+            f"from forebay.api import Policy\n\n\nclass {name}(Policy):\n"
+            "    def score(self, request, snapshot):\n        return []\n"
+        )
     path.write_text(
         GOOD.replace("policy: round_robin", "policy: ./mine.py:Mine").replace(
-            "backends:\n", "  b: {backends: [llama], policy: {name: p/q.py:Q, x: 1}}\nbackends:\n"
+            "backends:\n", "  b: {backends: [llama], policy: {name: other.py:Other}}\nbackends:\n"
         )
     )
-    config = load(path, registry, environ={})
+    config = load(path, registry(), environ={})
     assert config.models["gemma"].policy == f"{tmp_path}/mine.py:Mine"
-    assert config.models["b"].policy == {"name": f"{tmp_path}/p/q.py:Q", "x": 1}
-    assert [base for _, base in registry.asked] == [tmp_path, tmp_path]
+    assert config.models["b"].policy == {"name": f"{tmp_path}/other.py:Other"}
 
 
 def test_overrides_win_and_are_checked_like_the_file(tmp_path: Path) -> None:
     path = tmp_path / "forebay.yaml"
     path.write_text("listen: {host: 127.0.0.1, port: 1}")
-    config = load(path, StandInRegistry(), environ={}, overrides={"listen.port": 2})
+    config = load(path, registry(), environ={}, overrides={"listen.port": 2})
     assert (config.listen.host, config.listen.port) == ("127.0.0.1", 2)
     with pytest.raises(InvalidConfig, match=r"forebay\.yaml has 1 problem:\n  listen\.host: "):
-        load(path, StandInRegistry(), environ={}, overrides={"listen.host": "0.0.0.0"})
+        load(path, registry(), environ={}, overrides={"listen.host": "0.0.0.0"})
     with pytest.raises(InvalidConfig, match=r"admin: expected a mapping, got 3"):
         build(
             {"admin": 3},
-            StandInRegistry(),
+            registry(),
             environ={},
             base=tmp_path,
             overrides={"admin.port": 5},

@@ -11,23 +11,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from forebay.api import AdapterKind, ConfigError, Policy
+from forebay.api import ConfigError, Policy
 from forebay.config import Config
 from forebay.config_file.checks import anchored, listener_problems, reference_problems, warnings
 from forebay.config_file.document import expand, read_document
-from forebay.config_file.reader import INVALID, Reader
+from forebay.config_file.reader import INVALID, AdapterSource, Reader
+from forebay.config_file.secrets import masked
 
-__all__ = ["InvalidConfig", "Registry", "build", "load", "parse", "read_tree", "warnings"]
+__all__ = [
+    "InvalidConfig",
+    "Registry",
+    "build",
+    "load",
+    "masked",
+    "parse",
+    "read_tree",
+    "wanted_plugins",
+    "warnings",
+]
 
 Tree = dict[str, Any]
 
 
-class Registry(Protocol):
+class Registry(AdapterSource, Protocol):
     """What the configuration asks of the loaded plugins."""
-
-    @property
-    def adapters(self) -> Mapping[str, AdapterKind]:
-        """Kinds of backend by name."""
 
     def policy(self, spec: str | dict[str, Any], base_dir: Path) -> Policy:
         """Build the policy a model asks for.
@@ -86,6 +93,13 @@ def read_tree(path: Path) -> Tree:
     return _document(text, str(path))
 
 
+def wanted_plugins(tree: Tree) -> list[str] | None:
+    """`plugins.only`, needed before the rest can be read; if it is wrong, :func:`build` says so."""
+    section = tree.get("plugins")
+    only = section.get("only") if isinstance(section, dict) else None
+    return [str(name) for name in only] if isinstance(only, list) else None
+
+
 def parse(
     text: str, registry: Registry, environ: Mapping[str, str], base: Path, *, insecure: bool = False
 ) -> Config:
@@ -116,7 +130,7 @@ def build(
     :raises InvalidConfig: with all problems.
     """
     problems: list[str] = []
-    reader = Reader(registry.adapters, problems)
+    reader = Reader(registry, problems)
     config = reader.read(expand(_overridden(tree, overrides), environ, problems), Config, "")
     if config is not INVALID:
         config = anchored(config, base)

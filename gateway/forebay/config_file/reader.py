@@ -10,7 +10,7 @@ import difflib
 import math
 import types
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, Protocol, Union, get_args, get_origin
 
 import msgspec
 from msgspec import Meta, Struct
@@ -20,6 +20,7 @@ from forebay.config_file.secrets import is_secret, without_password
 
 __all__ = [
     "INVALID",
+    "AdapterSource",
     "FromEnvironment",
     "Reader",
     "expectation",
@@ -59,6 +60,16 @@ def nearest(name: object, known: Iterable[str]) -> str:
     return f"known: {', '.join(names)}" if names else "there is none"
 
 
+class AdapterSource(Protocol):
+    """Where the settings of a backend's adapter are found."""
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterKind]: ...
+
+    def adapter(self, name: str) -> AdapterKind:
+        """:raises ForebayError: there is none of this name; the message says which there are."""
+
+
 class Reader:
     """Reads values by their types and appends what is wrong to ``problems``.
 
@@ -66,7 +77,7 @@ class Reader:
     checks that follow see as much as possible.
     """
 
-    def __init__(self, adapters: Mapping[str, AdapterKind], problems: list[str]) -> None:
+    def __init__(self, adapters: AdapterSource, problems: list[str]) -> None:
         self._adapters = adapters
         self._problems = problems
 
@@ -117,11 +128,12 @@ class Reader:
     def _settings_type(self, value: dict[Any, Any], path: str) -> type[BackendSettings] | None:
         where, adapter = key_path(path, "adapter"), value.get("adapter")
         if adapter is None:
-            self._note(where, f"missing; {nearest('', self._adapters)}")
-        elif adapter is not INVALID and str(adapter) not in self._adapters:
-            self._note(where, f"no adapter named {adapter}; {nearest(adapter, self._adapters)}")
+            self._note(where, f"missing; {nearest('', self._adapters.adapters)}")
         elif adapter is not INVALID:
-            return self._adapters[str(adapter)].settings
+            try:
+                return self._adapters.adapter(str(adapter)).settings
+            except ForebayError as error:
+                self._note(where, error.message)
         return None
 
     def _mapping(self, value: Any, kind: Any, path: str) -> Any:

@@ -1,0 +1,95 @@
+"""`forebay backends`: the fleet of a running gateway."""
+
+from __future__ import annotations
+
+import click
+from msgspec import Struct
+from rich.text import Text
+
+from forebay.api import Capabilities
+from forebay.cli.admin import admin_option, fetch, json_option
+from forebay.cli.output import console, figure, print_json, seconds, table
+
+_COLOURS = {"healthy": "green", "starting": "yellow", "draining": "yellow"}
+
+
+class BackendStatus(Struct, kw_only=True):
+    """One backend as ``GET /backends`` shows it."""
+
+    name: str
+    adapter: str
+    state: str
+    reason: str | None = None
+    in_flight: int = 0
+    max_in_flight: int = 0
+    running: int | None = None
+    waiting: int | None = None
+    kv_usage: float | None = None
+    load_age: float | None = None
+    ttft: float | None = None
+    models: list[str] = []
+    capabilities: Capabilities | None = None
+    requests: int = 0
+    failures: int = 0
+
+
+class Fleet(Struct):
+    backends: list[BackendStatus]
+
+
+@click.command()
+@admin_option
+@json_option
+def backends(admin_url: str, as_json: bool) -> None:
+    """Show health, load, latency and abilities of the backends of a running gateway."""
+    fleet = fetch(admin_url, "/backends", Fleet)
+    if as_json:
+        print_json(fleet)
+        return
+    out = console()
+    if not fleet.backends:
+        out.print("No backends are configured.")
+        return
+    rows = table(
+        *("backend", "state", "in flight", "running", "waiting", "kv", "ttft", "served", "failed"),
+        numbers=("in flight", "running", "waiting", "kv", "ttft", "served", "failed"),
+    )
+    for item in fleet.backends:
+        rows.add_row(
+            f"{item.name} ({item.adapter})",
+            Text(item.state, style=_COLOURS.get(item.state, "red")),
+            f"{item.in_flight}/{item.max_in_flight}" if item.max_in_flight else str(item.in_flight),
+            figure(item.running),
+            figure(item.waiting),
+            figure(item.kv_usage, "{:.0%}"),
+            seconds(item.ttft),
+            str(item.requests),
+            str(item.failures),
+        )
+    out.print(rows)
+    for item in fleet.backends:
+        out.print(Text.assemble((item.name, "bold"), " ", _sentence(item)))
+
+
+def _sentence(item: BackendStatus) -> str:
+    """What the table has no room for: why it is out, what it serves and can do."""
+    parts = [item.reason] if item.reason else []
+    parts.append(f"serves {', '.join(item.models)}" if item.models else "serves no model")
+    if item.capabilities is not None:
+        parts += _abilities(item.capabilities)
+    if item.load_age is not None:
+        parts.append(f"load read {seconds(item.load_age)} ago")
+    return "; ".join(parts)
+
+
+def _abilities(found: Capabilities) -> list[str]:
+    names = ("tools", "schema", "logprobs", "multimodal")
+    able = [*sorted(found.endpoints), *(name for name in names if getattr(found, name))]
+    parts = [", ".join(able)]
+    if found.max_context:
+        parts.append(f"context {found.max_context:,}")
+    if found.slots:
+        parts.append(f"slots {found.slots}")
+    if found.version:
+        parts.append(f"version {found.version}")
+    return parts
