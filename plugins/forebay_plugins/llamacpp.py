@@ -1,0 +1,122 @@
+"""Adapter ``llamacpp``: llama.cpp's `llama-server` with one model (read at tag b11434).
+
+It queues without bound and answers no status when full: ``slots`` is what it can really do at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from msgspec import Struct
+
+from forebay.api import (
+    AdapterKind,
+    BackendFailed,
+    Capabilities,
+    GenerateRequest,
+    HttpBackendSettings,
+    Load,
+    Timings,
+    hookimpl,
+)
+from forebay_plugins.openai_shape import seconds
+from forebay_plugins.openai_wire import OpenAIServer
+from forebay_plugins.prometheus_text import samples
+
+__all__ = ["LlamaCppAdapter", "LlamaCppSettings"]
+
+#: ``max_tokens`` of /v1/completions where none is given, by OpenAI's documentation.
+COMPLETION_TOKENS = 16
+
+
+class LlamaCppSettings(HttpBackendSettings, kw_only=True, frozen=True):
+    """Settings of `adapter: llamacpp`."""
+
+    max_tokens: int = 0
+    """Limit of chat answers whose client sets none; 0: the size of a slot's context."""
+
+
+class Generation(Struct):
+    n_ctx: int
+
+
+class Props(Struct):
+    """What is read of `GET /props`."""
+
+    total_slots: int
+    default_generation_settings: Generation
+    model_alias: str = ""
+    build_info: str = ""
+    modalities: dict[str, bool] = {}
+    chat_template_caps: dict[str, bool] = {}
+
+
+class LlamaCppAdapter(OpenAIServer):
+    """One `llama-server`."""
+
+    settings: LlamaCppSettings
+    # With it the server goes on generating after the client has left.
+    withheld = frozenset({"x-conversation-id"})
+    _context_size = 0
+
+    async def probe(self) -> Capabilities:
+        await self.get("/health")  # 503 while the model is being loaded
+        props: Props = await self.get_json("/props", Props)
+        self._context_size = props.default_generation_settings.n_ctx
+        return Capabilities(
+            tools=props.chat_template_caps.get("supports_tools", False),
+            schema=True,
+            logprobs=True,
+            multimodal=any(props.modalities.values()),
+            max_context=self._context_size,
+            slots=props.total_slots,
+            version=props.build_info,
+            models=(props.model_alias,) if props.model_alias else (),
+        )
+
+    async def load(self) -> Load | None:
+        """None if the server was started without `--metrics`."""
+        try:
+            page = await self.get("/metrics")
+        except BackendFailed:
+            return None
+        running = samples(page, "llamacpp:requests_processing")
+        waiting = samples(page, "llamacpp:requests_deferred")
+        return Load(
+            running=int(sum(running)) if running else None,
+            waiting=int(sum(waiting)) if waiting else None,
+        )
+
+    async def changes(self, request: GenerateRequest) -> dict[str, object]:
+        """Give every answer an end: by itself the server would go on as long as the model does."""
+        if request.sampling.max_tokens is not None or "n_predict" in request.fields:
+            return {}
+        if request.endpoint == "completions":
+            return {"max_tokens": COMPLETION_TOKENS}
+        if not self.settings.max_tokens and not self._context_size:
+            await self.probe()
+        return {"max_tokens": self.settings.max_tokens or self._context_size}
+
+    def timings(self, closing: Mapping[str, Any]) -> Timings | None:
+        timings = closing.get("timings")
+        if not isinstance(timings, dict):
+            return None
+        return Timings(
+            prefill=seconds(timings.get("prompt_ms")),
+            decode=seconds(timings.get("predicted_ms")),
+            source="llamacpp.timings",
+        )
+
+
+@hookimpl
+def adapters() -> Iterable[AdapterKind]:
+    return [
+        AdapterKind(
+            name="llamacpp",
+            settings=LlamaCppSettings,
+            build=LlamaCppAdapter,
+            summary="llama.cpp's llama-server: slots, load, timings.",
+            provider="llama_cpp",
+        )
+    ]

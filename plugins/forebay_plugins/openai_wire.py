@@ -1,0 +1,199 @@
+"""Backends that speak OpenAI's HTTP API: what their adapters have in common.
+
+A subclass says how to probe its server, what to change in a request, and where timings stand.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import msgspec
+
+from forebay.api import (
+    Adapter,
+    AdapterContext,
+    Attempt,
+    BackendGarbage,
+    Capabilities,
+    Event,
+    Finished,
+    GenerateRequest,
+    HttpBackendSettings,
+    Relayed,
+    StreamTruncated,
+    Timings,
+    Upstream,
+    UpstreamResponse,
+)
+from forebay_plugins.openai_errors import error_of
+from forebay_plugins.openai_shape import decode, finish_of
+from forebay_plugins.sse import Scanner
+
+__all__ = ["OpenAIServer"]
+
+_PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+#: Bytes of an error's body that are read.
+_ERROR_BYTES = 64 << 10
+#: Seconds after [DONE] in which the body should end; it does at once, or the connection is dropped.
+_TRAILER = 0.25
+
+
+class OpenAIServer(Adapter):
+    """One server; the answer is relayed as bytes (see :mod:`forebay_plugins.sse`).
+
+    The model's name is replaced in both directions, so that clients see the one they asked for.
+    """
+
+    #: Headers that must not reach this kind of server.
+    withheld: frozenset[str] = frozenset()
+
+    def __init__(self, settings: HttpBackendSettings, context: AdapterContext) -> None:
+        self.settings = settings
+        self._context = context
+
+    @cached_property
+    def _upstream(self) -> Upstream:
+        return self._context.connect(self.settings.url)
+
+    @abstractmethod
+    async def probe(self) -> Capabilities: ...
+
+    async def changes(self, request: GenerateRequest) -> dict[str, object]:
+        """Fields to set in the request's body, or to remove with None."""
+        return {}
+
+    def timings(self, closing: Mapping[str, Any]) -> Timings | None:
+        """The backend's own timings from the top-level fields at the end of an answer."""
+        return None
+
+    async def stream(self, request: GenerateRequest, attempt: Attempt) -> AsyncIterator[Event]:
+        response = await self._send(request, attempt)
+        try:
+            await self._check(
+                response, "text/event-stream" if request.stream else "application/json"
+            )
+            if not request.stream:
+                body, finished = self._answer(request, await response.read())
+                yield Relayed(body)
+                yield finished
+                return
+            scanner, chunks = Scanner(request), response.chunks()
+            async for chunk in chunks:
+                data = scanner.feed(chunk)
+                if data:
+                    yield Relayed(data, scanner.events)
+                if scanner.failure is not None:
+                    raise scanner.failure
+                if scanner.done:
+                    await _drain(chunks)
+                    break
+            tail = scanner.end()
+            if tail:
+                yield Relayed(tail)
+            yield Finished(scanner.usage, self.timings(scanner.closing), scanner.finish_reasons)
+        finally:
+            await response.aclose()
+
+    async def _send(self, request: GenerateRequest, attempt: Attempt) -> UpstreamResponse:
+        changes: dict[str, object] = {"model": self.settings.model or request.model}
+        if request.stream:
+            # Always: the gateway needs the counts; the client only gets them if it asked.
+            changes["stream_options"] = {
+                **_object(request, "stream_options"),
+                "include_usage": True,
+            }
+        changes |= await self.changes(request)
+        headers = {k: v for k, v in attempt.headers.items() if k not in self.withheld}
+        return await self._upstream.send(
+            "POST",
+            _PATHS[request.endpoint],
+            body=request.openai_body(**changes),
+            headers={**headers, **self._headers},
+            connect_timeout=attempt.timeouts.connect,
+        )
+
+    @cached_property
+    def _headers(self) -> Mapping[str, str]:
+        headers = {name.lower(): value for name, value in self.settings.headers.items()}
+        if self.settings.api_key:
+            headers["authorization"] = f"Bearer {self.settings.api_key}"
+        return {name: value for name, value in headers.items() if name not in self.withheld}
+
+    async def _check(self, response: UpstreamResponse, content_type: str) -> None:
+        """Raise unless it is a 200 of this type."""
+        if response.status != 200:
+            try:
+                body = await response.read(_ERROR_BYTES)
+            except BackendGarbage:
+                body = b""
+            raise error_of(response.status, response.headers, body)
+        found = response.headers.get("content-type", "")
+        if not found.startswith(content_type):
+            raise BackendGarbage(
+                f"the backend sent {found[:80]!r} where {content_type} was expected"
+            )
+
+    def _answer(self, request: GenerateRequest, body: bytes) -> tuple[bytes, Finished]:
+        """A whole body as the client is to get it, and what it says."""
+        content, answer = decode(body)
+        if not answer.choices:
+            raise BackendGarbage("the backend's answer has no choices")
+        if not all(choice.finish_reason for choice in answer.choices):
+            raise BackendGarbage("a choice of the backend's answer has no finish_reason")
+        reasons = tuple(finish_of(choice.finish_reason or "") for choice in answer.choices)
+        for choice, reason in zip(content["choices"], reasons, strict=True):
+            choice["finish_reason"] = reason
+        content["model"] = request.model
+        content["id"] = content.get("id") or request.id
+        content["created"] = content.get("created") or request.created
+        usage = answer.usage.usage() if answer.usage else None
+        return msgspec.json.encode(content), Finished(usage, self.timings(content), reasons)
+
+    async def get(self, path: str) -> bytes:
+        """The body of a GET, for probes.
+
+        :raises BackendError: it can't be had.
+        """
+        response = await self._upstream.send(
+            "GET", path, headers=self._headers, connect_timeout=self.settings.probe_timeout
+        )
+        try:
+            if response.status != 200:
+                await self._check(response, "")
+            return await response.read()
+        finally:
+            await response.aclose()
+
+    async def get_json(self, path: str, shape: type[Any]) -> Any:
+        """The JSON object at a path, as a struct.
+
+        :raises BackendError: it can't be had, or is of another shape.
+        """
+        body = await self.get(path)
+        try:
+            return msgspec.json.decode(body, type=shape)
+        except msgspec.DecodeError as wrong:
+            raise BackendGarbage(f"GET {path} of the backend: {wrong}") from None
+
+    async def aclose(self) -> None:
+        if "_upstream" in self.__dict__:
+            await self._upstream.aclose()
+
+
+def _object(request: GenerateRequest, field: str) -> dict[str, object]:
+    value = msgspec.json.decode(request.fields[field]) if field in request.fields else None
+    return value if isinstance(value, dict) else {}
+
+
+async def _drain(chunks: AsyncIterator[bytes]) -> None:
+    """Read to the body's end, without which the connection could not be used again."""
+    try:
+        async with asyncio.timeout(_TRAILER):
+            async for _ in chunks:
+                pass
+    except (TimeoutError, StreamTruncated):
+        return  # the answer is complete all the same; closing it drops the connection

@@ -1,0 +1,112 @@
+"""Adapter ``vllm``: vLLM's OpenAI server (read at 0.32; V0's metrics are understood too)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from msgspec import Struct
+
+from forebay.api import (
+    AdapterKind,
+    BackendFailed,
+    Capabilities,
+    HttpBackendSettings,
+    Load,
+    Timings,
+    hookimpl,
+)
+from forebay_plugins.openai_shape import seconds
+from forebay_plugins.openai_wire import OpenAIServer
+from forebay_plugins.prometheus_text import samples
+
+__all__ = ["VllmAdapter", "VllmSettings"]
+
+
+class VllmSettings(HttpBackendSettings, kw_only=True, frozen=True):
+    """Settings of `adapter: vllm`."""
+
+    tools: bool = True
+    """It was started with `--enable-auto-tool-choice` and a parser; the server does not tell."""
+    multimodal: bool = False
+    """Its model takes images or sound; the server does not tell."""
+    slots: int = 0
+    """Its `--max-num-seqs`, beyond which requests wait; 0: not known."""
+
+
+class Version(Struct):
+    version: str = ""
+
+
+class Card(Struct):
+    id: str
+    max_model_len: int | None = None
+
+
+class ModelList(Struct):
+    data: list[Card]
+
+
+class VllmAdapter(OpenAIServer):
+    """One vLLM server."""
+
+    settings: VllmSettings
+    _version: str | None = None
+
+    async def probe(self) -> Capabilities:
+        await self.get("/health")
+        cards: list[Card] = (await self.get_json("/v1/models", ModelList)).data
+        names = tuple(card.id for card in cards)
+        wanted = self.settings.model
+        if wanted and wanted not in names:
+            raise BackendFailed(f"the backend does not serve `model: {wanted}`, but {names}")
+        if self._version is None:
+            self._version = (await self.get_json("/version", Version)).version
+        return Capabilities(
+            tools=self.settings.tools,
+            schema=True,
+            logprobs=True,
+            multimodal=self.settings.multimodal,
+            max_context=max((card.max_model_len or 0 for card in cards), default=0),
+            slots=self.settings.slots,
+            version=self._version,
+            models=names,
+        )
+
+    async def load(self) -> Load | None:
+        """Of all data-parallel engines: requests summed, the share of KV in use averaged."""
+        page = await self.get("/metrics")
+        running = samples(page, "vllm:num_requests_running")
+        waiting = samples(page, "vllm:num_requests_waiting")
+        kv = samples(page, "vllm:kv_cache_usage_perc") or samples(page, "vllm:gpu_cache_usage_perc")
+        return Load(
+            running=int(sum(running)) if running else None,
+            waiting=int(sum(waiting)) if waiting else None,
+            kv_usage=sum(kv) / len(kv) if kv else None,
+        )
+
+    def timings(self, closing: Mapping[str, Any]) -> Timings | None:
+        """Only there with `--enable-per-request-metrics`, and for a single choice."""
+        metrics = closing.get("metrics")
+        if not isinstance(metrics, dict):
+            return None
+        # vLLM counts its time to first token from the moment the request was scheduled.
+        return Timings(
+            queue=seconds(metrics.get("queue_time_ms")),
+            prefill=seconds(metrics.get("time_to_first_token_ms")),
+            decode=seconds(metrics.get("generation_time_ms")),
+            source="vllm.metrics",
+        )
+
+
+@hookimpl
+def adapters() -> Iterable[AdapterKind]:
+    return [
+        AdapterKind(
+            name="vllm",
+            settings=VllmSettings,
+            build=VllmAdapter,
+            summary="vLLM's OpenAI server: load, KV use, timings.",
+            provider="vllm",
+        )
+    ]
