@@ -127,9 +127,8 @@ def _json(_: WrappedLogger, __: str, event: MutableMapping[str, Any]) -> str:
     line |= event
     try:
         return msgspec.json.encode(line, enc_hook=repr).decode()
-    except (ValueError, TypeError, OverflowError):
-        # Half a surrogate pair, a key that is no string: the standard library writes those too, at
-        # five times the cost.
+    except UnicodeEncodeError:
+        # Half a surrogate pair; the standard library writes those too, at five times the cost.
         return json.dumps(line, default=repr)
 
 
