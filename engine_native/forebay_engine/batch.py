@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from forebay_kernels import PagedBatch
 from torch import Tensor
 
 from forebay_engine.step import Row, StepPlan
+from forebay_kernels import PagedBatch
 
 
 @dataclass(frozen=True, slots=True)

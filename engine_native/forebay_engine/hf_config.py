@@ -136,14 +136,14 @@ def _refuse_unsupported(data: dict[str, Any]) -> None:
 
 def _sliding_layers(data: dict[str, Any], architecture: str) -> tuple[bool, ...]:
     """Which layers slide: named one by one, by Gemma's pattern, Qwen's upper ones, or all."""
-    layers = data["num_hidden_layers"]
+    layers: int = data["num_hidden_layers"]
     gemma, qwen = architecture.startswith("Gemma"), architecture.startswith("Qwen")
     if not data.get("sliding_window") or (qwen and not data.get("use_sliding_window")):
         return (False,) * layers
     if data.get("layer_types"):
         return tuple(kind == "sliding_attention" for kind in data["layer_types"])
     if gemma:
-        every = data.get("sliding_window_pattern", 6)
+        every: int = data.get("sliding_window_pattern", 6)
         return tuple(bool((i + 1) % every) for i in range(layers))
     return tuple(i >= data.get("max_window_layers", 0) for i in range(layers))
 
@@ -155,11 +155,10 @@ def _ropes(data: dict[str, Any]) -> tuple[Rope, Rope]:
         return _rope(new["full_attention"]), _rope(new["sliding_attention"])
     if new:
         return _rope(new), _rope(new)
-    theta = data.get("rope_theta", 10_000.0)
+    gemma = data.get("model_type") == "gemma3_text"  # its defaults were left out of old files
+    theta = data.get("rope_theta", 1_000_000.0 if gemma else 10_000.0)
     full = _rope({"rope_theta": theta, **(data.get("rope_scaling") or {})})
-    return full, Rope(
-        theta=data["rope_local_base_freq"]
-    ) if "rope_local_base_freq" in data else full
+    return full, Rope(theta=data.get("rope_local_base_freq", 10_000.0)) if gemma else full
 
 
 def _rope(data: dict[str, Any]) -> Rope:

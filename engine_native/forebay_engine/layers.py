@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import forebay_kernels as kernels
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import forebay_kernels as kernels
 from forebay_engine.hf_config import ModelConfig, ModelError, Rope
 from forebay_engine.weights import Weights
 
@@ -135,10 +135,11 @@ class Attention:
     ) -> Tensor:
         heads, kv_heads = self._config.num_heads, self._config.num_kv_heads
         qkv = self._qkv(x).view(len(x), heads + 2 * kv_heads, self._config.head_dim)
-        rotated, value = qkv.split((heads + kv_heads, kv_heads), dim=1)
+        rotated, value = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
         if self._norm is not None:
             rotated = self._norm(rotated)
-        query, key = kernels.rope(rotated, angles.cos, angles.sin).split((heads, kv_heads), dim=1)
+        rotated = kernels.rope(rotated, angles.cos, angles.sin)
+        query, key = rotated[:, :heads], rotated[:, heads:]
         kernels.kv_store(key, value, cache.keys, cache.values, batch.slots)
         found = kernels.paged_attention(
             query,

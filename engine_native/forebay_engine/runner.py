@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from forebay_engine.batch import build_batch
 from forebay_engine.config import EngineConfig

@@ -84,11 +84,11 @@ def penalise(logits: Tensor, row: Row) -> None:
     params = row.sampling
     tokens = torch.tensor(row.token_ids, device=logits.device)
     if params.repetition_penalty != 1.0:
-        seen = tokens.unique()
+        seen = torch.unique(tokens)
         found = logits[seen]
         strength = params.repetition_penalty
         logits[seen] = torch.where(found > 0, found / strength, found * strength)
-    answer, counts = tokens[row.num_prompt :].unique(return_counts=True)
+    answer, counts = torch.unique(tokens[row.num_prompt :], return_counts=True)
     logits[answer] -= params.frequency_penalty * counts + params.presence_penalty
 
 

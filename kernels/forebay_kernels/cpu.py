@@ -18,7 +18,8 @@ from forebay_kernels.gather import Gather, plan_gathers
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
     wide = x.float()
     rstd = torch.rsqrt_(wide.square().mean(-1, keepdim=True).add_(eps))
-    return wide.mul_(rstd).mul_(weight + 1.0 if unit_offset else weight).to(x.dtype)
+    # Not in place at first: of a float32 input ``wide`` is the input itself.
+    return (wide * rstd).mul_(weight + 1.0 if unit_offset else weight).to(x.dtype)
 
 
 def silu_mul(x: Tensor) -> Tensor:

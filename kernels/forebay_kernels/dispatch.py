@@ -10,8 +10,8 @@ from forebay_kernels.batch import PagedBatch
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
     """Root-mean-square norm over the last axis; see ``reference.rms_norm``."""
-    chosen = cpu if x.is_cpu else reference
-    return chosen.rms_norm(x, weight, eps, unit_offset=unit_offset)
+    compute = cpu.rms_norm if x.is_cpu else reference.rms_norm
+    return compute(x, weight, eps, unit_offset=unit_offset)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def silu_mul(x: Tensor) -> Tensor:
-    """``silu(gate) * up`` where ``x`` holds gate and up side by side: ``[..., 2 n] -> [..., n]``."""
+    """``silu(gate) * up`` of gate and up side by side: ``[..., 2 n] -> [..., n]``."""
     gate, up = _wide(x).chunk(2, dim=-1)
     return (gate * torch.sigmoid(gate) * up).to(x.dtype)
 
@@ -108,7 +108,7 @@ def paged_attention(
 
 
 def visible(start: int, length: int, window: int | None, device: torch.device) -> Tensor:
-    """Which positions ``0 .. length`` the positions ``start .. length`` see: ``[count, length]``."""
+    """Which of positions ``0 .. length`` each of ``start .. length`` sees: ``[count, length]``."""
     position = torch.arange(start, length, device=device).unsqueeze(1)
     other = torch.arange(length, device=device).unsqueeze(0)
     seen = other <= position

@@ -9,9 +9,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Protocol
 
-import forebay_kernels as kernels
 from torch import Tensor
 
+import forebay_kernels as kernels
 from forebay_engine.hf_config import ModelConfig, ModelError
 from forebay_engine.layers import LayerCache
 from forebay_engine.weights import Weights

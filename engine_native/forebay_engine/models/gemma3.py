@@ -6,11 +6,11 @@ layers in six attend within a sliding window and rotate by their own base.
 
 from __future__ import annotations
 
-import forebay_kernels as kernels
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import forebay_kernels as kernels
 from forebay_engine.hf_config import ModelConfig
 from forebay_engine.layers import Angles, Attention, GatedMlp, LayerCache, Linear, RmsNorm, Rotary
 from forebay_engine.weights import Weights

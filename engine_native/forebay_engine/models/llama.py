@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import forebay_kernels as kernels
 import torch.nn.functional as F
 from torch import Tensor
 
+import forebay_kernels as kernels
 from forebay_engine.hf_config import ModelConfig
 from forebay_engine.layers import Angles, Attention, GatedMlp, LayerCache, Linear, RmsNorm, Rotary
 from forebay_engine.weights import Weights

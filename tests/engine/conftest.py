@@ -1,0 +1,141 @@
+"""Tiny random checkpoints of every family, written by transformers, and runners over them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
+SPECIALS = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
+VOCAB = 384
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}"
+    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+def _family_config(family: str) -> Any:
+    import transformers as hf
+
+    common: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.15,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+    }
+    llama3 = {
+        "rope_type": "llama3",
+        "rope_theta": 10_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    theta = {"rope_type": "default", "rope_theta": 10_000.0}
+    if family == "llama":
+        return hf.LlamaConfig(**common, rope_parameters=llama3)
+    if family == "mistral":
+        return hf.MistralConfig(**common, sliding_window=16, rope_parameters=theta)
+    if family == "qwen2":
+        return hf.Qwen2Config(**common, tie_word_embeddings=True, rope_parameters=theta)
+    if family == "qwen3":
+        return hf.Qwen3Config(**common, head_dim=24, rope_parameters=theta)
+    return hf.Gemma3TextConfig(
+        **common,
+        head_dim=32,
+        query_pre_attn_scalar=24,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100_000.0},
+            "sliding_attention": theta,
+        },
+    )
+
+
+def _tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = (
+        "the water falls on the wheel and the wheel turns the shaft and the shaft turns the dynamo"
+    )
+    tokenizer.train_from_iterator([text] * 4, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 2)]
+    )
+    return tokenizer
+
+
+def _save(family: str, folder: Path) -> Path:
+    import transformers as hf
+
+    hf.utils.logging.disable_progress_bar()
+    torch.manual_seed(FAMILIES.index(family))
+    model = hf.AutoModelForCausalLM.from_config(_family_config(family)).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("norm.weight", "bias")):  # both start at a constant
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    # One family in several files, the others in one.
+    model.save_pretrained(folder, max_shard_size="100KB" if family == "qwen3" else "1GB")
+    _tokenizer().save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``tiny_checkpoint(family)``: a float32 folder of a random 3-layer model, made once.
+
+    Families: llama, mistral, qwen2, qwen3 (sharded), gemma3. With tokenizer.json (byte-level, 384
+    tokens, <bos> first), tokenizer_config.json and a chat template.
+    """
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = _save(family, tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_compute_thread() -> None:
+    """Tests share their machine, and a second thread costs these sizes more than it gives."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """Folder of the demo model: ``$FOREBAY_DEMO_MODEL``, or where `forebay model pull` puts it."""
+    default = "~/.cache/forebay/models/gemma-3-270m"
+    folder = Path(os.environ.get("FOREBAY_DEMO_MODEL", default)).expanduser()
+    if not (folder / "config.json").exists():
+        pytest.fail(f"{folder} is not there: run `make model`, or set FOREBAY_DEMO_MODEL")
+    return folder

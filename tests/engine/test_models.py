@@ -1,0 +1,249 @@
+"""Every family against transformers, on tiny random checkpoints in float32 and the demo model."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from forebay_engine.config import EngineConfig
+from forebay_engine.hf_config import ModelError, read_config
+from forebay_engine.runner import Runner
+from forebay_engine.sequence import SamplingParams
+from forebay_engine.step import Row, Sampled, StepPlan
+
+Checkpoint = Callable[[str], Path]
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3"]
+GREEDY = SamplingParams(temperature=0.0)
+
+
+class Decoding:
+    """Sequences over shuffled pages, run by a runner in steps of any cut."""
+
+    def __init__(self, runner: Runner, prompts: list[list[int]], sampling: SamplingParams) -> None:
+        self.runner = runner
+        self.prompts = prompts
+        self.tokens = [list(prompt) for prompt in prompts]
+        self.done = [0] * len(prompts)
+        self.sampling = sampling
+        pages = list(range(runner.num_blocks))
+        random.Random(7).shuffle(pages)
+        share = runner.num_blocks // len(prompts)
+        self.pages = [pages[i * share : (i + 1) * share] for i in range(len(prompts))]
+
+    def step(self, counts: dict[int, int]) -> dict[int, Sampled]:
+        """Run ``counts[i]`` tokens of sequence ``i``; what was drawn, by sequence."""
+        order = sorted(counts, key=lambda i: counts[i] != 1)
+        rows = tuple(self._row(i, counts[i]) for i in order)
+        result = self.runner.execute(StepPlan(rows))
+        drawn = {sampled.seq_id: sampled for sampled in result.sampled}
+        assert list(drawn) == [row.seq_id for row in rows if row.sample]
+        for i, count in counts.items():
+            self.done[i] += count
+        for i, sampled in drawn.items():
+            self.tokens[i].append(sampled.token_id)
+        return drawn
+
+    def _row(self, i: int, count: int) -> Row:
+        end = self.done[i] + count
+        return Row(
+            seq_id=i,
+            token_ids=self.tokens[i],
+            start=self.done[i],
+            count=count,
+            block_table=self.pages[i][: -(-end // self.runner.block_size)],
+            sample=end == len(self.tokens[i]),
+            sampling=self.sampling,
+            num_prompt=len(self.prompts[i]),
+        )
+
+    def finish(self, length: int, chunk: int = 1 << 30) -> list[list[int]]:
+        """Run to ``length`` answer tokens each, prompts in chunks; the answers."""
+        while waiting := [i for i, t in enumerate(self.tokens) if self._answer(t, i) < length]:
+            self.step({i: min(chunk, len(self.tokens[i]) - self.done[i]) for i in waiting})
+        return [t[len(p) :] for t, p in zip(self.tokens, self.prompts, strict=True)]
+
+    def _answer(self, tokens: list[int], i: int) -> int:
+        return len(tokens) - len(self.prompts[i])
+
+
+def tiny_runner(folder: Path, **settings: Any) -> Runner:
+    config: dict[str, Any] = {"num_blocks": 64, "block_size": 8, "threads": 1, **settings}
+    return Runner(EngineConfig(model=str(folder), **config))
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    random_ids = random.Random(3)
+    return [[random_ids.randrange(5, 384) for _ in range(length)] for length in lengths]
+
+
+def reference_model(folder: Path, dtype: torch.dtype) -> Any:
+    import transformers as hf
+
+    hf.utils.logging.disable_progress_bar()
+    return hf.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def reference_logprobs(model: Any, tokens: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+    return logits.float().log_softmax(-1)
+
+
+def greedy_answer(model: Any, prompt: list[int], length: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(length):
+        tokens.append(int(reference_logprobs(model, tokens).argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logprobs_equal_transformers(family: str, tiny_checkpoint: Checkpoint) -> None:
+    folder = tiny_checkpoint(family)
+    model = reference_model(folder, torch.float32)
+    everything = SamplingParams(temperature=0.0, logprobs=384)
+    mixed = Decoding(tiny_runner(folder), prompts(1, 9, 40, 70), everything)
+    mixed.step({0: 1, 1: 9, 2: 40, 3: 70})
+    drawn = mixed.step({0: 1, 1: 1, 2: 1, 3: 1})
+    for i, sampled in drawn.items():
+        want = reference_logprobs(model, mixed.tokens[i][:-1])
+        got = torch.zeros(384)
+        for token, logprob in sampled.top:
+            got[token] = logprob
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+        assert sampled.token_id == int(want.argmax())
+        assert sampled.logprob == pytest.approx(float(want.max()), abs=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_answers_equal_transformers(family: str, tiny_checkpoint: Checkpoint) -> None:
+    folder = tiny_checkpoint(family)
+    model = reference_model(folder, torch.float32)
+    asked = prompts(5, 31)
+    want = [greedy_answer(model, prompt, 48) for prompt in asked]
+    assert Decoding(tiny_runner(folder), asked, GREEDY).finish(48) == want
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 8, 33])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cut_of_the_work_does_not_change_answers(
+    family: str, chunk: int, tiny_checkpoint: Checkpoint
+) -> None:
+    runner = tiny_runner(tiny_checkpoint(family))
+    asked = prompts(3, 20, 45, 64, 12)
+    drawn = SamplingParams(temperature=0.8, top_p=0.9, repetition_penalty=1.1, seed=11)
+    for sampling in (GREEDY, drawn):
+        alone = [Decoding(runner, [prompt], sampling).finish(12)[0] for prompt in asked]
+        # Short prompts are answered while long ones are still read: the steps are mixed.
+        assert Decoding(runner, asked, sampling).finish(12, chunk) == alone
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 16, 64])
+def test_the_page_size_does_not_change_answers(
+    block_size: int, tiny_checkpoint: Checkpoint
+) -> None:
+    folder = tiny_checkpoint("gemma3")
+    asked = prompts(30, 7)
+    want = Decoding(tiny_runner(folder), asked, GREEDY).finish(10)
+    runner = tiny_runner(folder, block_size=block_size, num_blocks=512 // block_size)
+    assert Decoding(runner, asked, GREEDY).finish(10) == want
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_stays_near_float32(family: str, tiny_checkpoint: Checkpoint) -> None:
+    """Rounding moves the likeliest token's log-probability a little, and nothing else."""
+    everything = SamplingParams(temperature=0.0, logprobs=384)
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        run = Decoding(tiny_runner(tiny_checkpoint(family), dtype=dtype), prompts(40), everything)
+        found.append(dict(run.step({0: 40})[0].top))
+    wide, narrow = (torch.tensor([f[t] for t in range(384)]).exp() for f in found)
+    assert 0 < float((wide - narrow).abs().sum()) < 0.25  # total variation: at most 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_demo_model_answers_as_transformers_does(dtype: str, demo_model: Path) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(demo_model / "tokenizer.json"))
+    prompt = tokenizer.encode("The capital of France is").ids
+    answer = Decoding(tiny_runner(demo_model, dtype=dtype), [prompt], GREEDY).finish(32)[0]
+    model = reference_model(demo_model, getattr(torch, dtype))
+    with torch.inference_mode():  # one pass: its greedy chain is ours if every next token is
+        logits = model(torch.tensor([prompt + answer]), use_cache=False).logits[0]
+    assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+
+
+def rewritten(source: Path, target: Path, change: dict[str, Any], drop: Iterable[str] = ()) -> Path:
+    shutil.copytree(source, target)
+    config = json.loads((source / "config.json").read_text())
+    config.update(change)
+    for key in drop:
+        del config[key]
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def test_old_config_keys_mean_the_same(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    new = read_config(tiny_checkpoint("llama"))
+    scaling = json.loads((tiny_checkpoint("llama") / "config.json").read_text())["rope_parameters"]
+    theta = scaling.pop("rope_theta")
+    old = {"rope_theta": theta, "rope_scaling": scaling, "torch_dtype": "float32"}
+    folder = rewritten(
+        tiny_checkpoint("llama"), tmp_path / "old", old, ["rope_parameters", "dtype"]
+    )
+    assert read_config(folder) == new
+
+
+def test_old_gemma_config_keys_mean_the_same(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    old = {
+        "rope_theta": 100_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        "sliding_window_pattern": 2,
+    }
+    folder = rewritten(
+        tiny_checkpoint("gemma3"), tmp_path / "old", old, ["rope_parameters", "layer_types"]
+    )
+    assert read_config(folder) == read_config(tiny_checkpoint("gemma3"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel' is not supported.*Gemma3For"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope_type 'yarn'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised .gptq."),
+        ({"hidden_act": "relu"}, "hidden_act 'relu'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"vocab_size": 400}, r"embed_tokens.weight has the shape \[384, 64\].*\[400, 64\]"),
+        ({"num_hidden_layers": 4}, "layers.3.* is missing"),
+        ({"num_hidden_layers": 2}, "9 tensors have no place: model.layers.2"),
+    ],
+)
+def test_what_cannot_be_served_is_named(
+    change: dict[str, Any], message: str, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    folder = rewritten(tiny_checkpoint("llama"), tmp_path / "changed", change)
+    with pytest.raises(ModelError, match=message):
+        tiny_runner(folder)
+
+
+def test_a_missing_config_key_is_named(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = rewritten(tiny_checkpoint("llama"), tmp_path / "less", {}, ["rms_norm_eps"])
+    with pytest.raises(ModelError, match=r"config.json: the key 'rms_norm_eps' is missing"):
+        tiny_runner(folder)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config.json does not exist.*forebay model pull"):
+        tiny_runner(tmp_path)
