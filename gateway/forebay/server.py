@@ -76,8 +76,8 @@ async def _run(app: App, data: socket.socket, admin: socket.socket, on_ready: Re
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     listeners = [
-        _listener(app.data_asgi, app.config.drain_timeout),
-        _listener(app.admin_asgi, 1.0),
+        listener(app.data_asgi, app.config.drain_timeout),
+        listener(app.admin_asgi, 1.0),
     ]
     await app.start()
     serving = [
@@ -98,7 +98,8 @@ async def _run(app: App, data: socket.socket, admin: socket.socket, on_ready: Re
     stopped.cancel()
 
 
-def _listener(asgi: ASGIApp, grace: float) -> Listener:
+def listener(asgi: ASGIApp, grace: float) -> Listener:
+    """A server for one application. ``grace``: seconds that open requests get at the end."""
     return Listener(
         uvicorn.Config(
             asgi,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
-from litestar import Litestar, Response, get
+from litestar import Litestar, Request, Response, get
 from litestar.types import ASGIApp
 
 from forebay.api import Decision
@@ -61,15 +62,19 @@ def build_admin_app(
         return _json({"plugins": [_plugin(entry) for entry in plugins]})
 
     @get("/decisions", sync_to_thread=False)
-    def recent(limit: int = 20) -> Response[bytes]:
+    def recent(request: Request[Any, Any, Any]) -> Response[bytes]:
+        given = request.query_params.get("limit", "20")
+        if not given.isdigit():
+            return _error(400, f"limit: must be a whole number, not {given!r}", "invalid_request")
+        limit = int(given)
         return _json({"decisions": [_decision(d) for d in decisions.recent(limit)]})
 
     @get("/decisions/{request_id:str}", sync_to_thread=False)
-    def decision(request_id: str) -> Response[bytes]:
+    def decision(request: Request[Any, Any, Any]) -> Response[bytes]:
+        request_id = str(request.path_params["request_id"])
         found = decisions.get(request_id)
         if found is None:
-            message = f"no decision with id {request_id!r} is kept (any more)"
-            return _json({"error": {"message": message, "code": "not_found"}}, 404)
+            return _error(404, f"no decision with id {request_id!r} is kept", "not_found")
         return _json(_decision(found))
 
     return Litestar(
@@ -81,6 +86,10 @@ def build_admin_app(
 
 def _json(value: object, status: int = 200) -> Response[bytes]:
     return Response(msgspec.json.encode(value), status_code=status, media_type="application/json")
+
+
+def _error(status: int, message: str, code: str) -> Response[bytes]:
+    return _json({"error": {"message": message, "code": code}}, status)
 
 
 def _plugin(entry: Loaded | Failed) -> dict[str, object]:

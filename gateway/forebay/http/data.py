@@ -84,9 +84,9 @@ def _model_routes(dispatch: Dispatch, access: Access) -> list[HTTPRouteHandler]:
         return _json({"object": "list", "data": [card(name) for name in dispatch.models]})
 
     @get("/v1/models/{name:path}", sync_to_thread=False)
-    def model(request: AnyRequest, name: str) -> Response[bytes]:
+    def model(request: AnyRequest) -> Response[bytes]:
         access.identify(request.headers)
-        name = name.removeprefix("/")
+        name = str(request.path_params["name"]).removeprefix("/")
         if name not in dispatch.models:
             raise UnknownModel(
                 f"the model {name!r} does not exist here; GET /v1/models lists those that do",

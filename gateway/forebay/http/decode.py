@@ -81,6 +81,7 @@ _HARMLESS = frozenset(
         "user",
     }
 )
+_NOTHING = frozenset({b"null", b"{}", b"[]"})
 _CHAT_NAMES = frozenset(ChatBody.__struct_fields__) | _HARMLESS
 _COMPLETION_NAMES = frozenset(CompletionBody.__struct_fields__) | _HARMLESS
 _CHAT = msgspec.json.Decoder(ChatBody)
@@ -123,7 +124,7 @@ def decode_chat(
         endpoint="chat",
         created=created,
         messages=parsed.messages,
-        needs_tools=bool(tools) and fields.get("tool_choice", Raw()) != b'"none"',
+        needs_tools=bool(tools) and bytes(fields.get("tool_choice", b"")) != b'"none"',
         needs_multimodal=any(
             part.type != "text"
             for message in parsed.messages
@@ -211,7 +212,7 @@ def _extra(fields: Mapping[str, Raw], known: frozenset[str]) -> tuple[str, ...]:
     unknown = fields.keys() - known
     if not unknown:
         return ()
-    return tuple(sorted(name for name in unknown if fields[name] not in (b"null", b"{}", b"[]")))
+    return tuple(sorted(name for name in unknown if bytes(fields[name]) not in _NOTHING))
 
 
 def _common(parsed: Any, limits: Limits, logprobs: int | None, choices: int) -> dict[str, Any]:
