@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import socket
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import MappingProxyType
 
 import pytest
@@ -27,7 +29,7 @@ from forebay.api import (
     Usage,
 )
 from forebay.config import Tracing as Settings
-from forebay.telemetry import export
+from forebay.telemetry import export, names
 from forebay.telemetry.phases import lay_out
 from forebay.telemetry.tracing import AttemptTrace, RequestTrace, Tracing
 
@@ -468,6 +470,14 @@ def test_a_collector_that_is_down_costs_spans_and_nothing_else(
     assert counts["exported"] == 0
     assert counts["dropped"] >= 200 + 1 - 2 * 16
     assert counts["failed"] + counts["dropped"] == 200 + 1
+
+
+def test_every_attribute_is_documented() -> None:
+    source = Path(names.__file__).read_text()
+    keys = set(re.findall(r'"((?:forebay|gen_ai|http|url|server|error)\.[a-z_.]+)"', source))
+    documented = (Path(__file__).parents[2] / "docs" / "observability.md").read_text()
+    assert len(keys) > 30
+    assert {key for key in keys if f"`{key}`" not in documented} == set()
 
 
 SECONDS = st.none() | st.floats(allow_nan=True, allow_infinity=True)
