@@ -54,6 +54,7 @@ class Watchdog:
         self._timer = self._loop.call_at(when, self._fire) if when < inf else None
 
     def _fire(self) -> None:
+        self._timer = None
         now = self._loop.time()
         if now >= self._end:
             self._expire(BackendTimeout("total", self._total))
