@@ -19,33 +19,33 @@ _TIMEOUT = httpx.Timeout(5.0, read=None)
 _CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
 
-class _Message(Struct):
+class _Message(Struct, frozen=True):
     role: str
     content: str
 
 
-class _Piece(Struct):
+class _Piece(Struct, frozen=True):
     content: str | None = None
 
 
-class _Choice(Struct):
+class _Choice(Struct, frozen=True):
     delta: _Piece = _Piece()
 
 
-class _Error(Struct):
+class _Error(Struct, frozen=True):
     message: str
 
 
-class _Chunk(Struct):
+class _Chunk(Struct, frozen=True):
     choices: list[_Choice] = []
     error: _Error | None = None
 
 
-class _Named(Struct):
+class _Named(Struct, frozen=True):
     id: str
 
 
-class _Models(Struct):
+class _Models(Struct, frozen=True):
     data: list[_Named]
 
 

@@ -25,7 +25,7 @@ def console() -> Console:
 
 def table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
     """An empty table; the columns in ``numbers`` are aligned to the right."""
-    result = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    result = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False)
     for name in columns:
         # `fold`: a long name is broken over lines, never cut.
         result.add_column(name, justify="right" if name in numbers else "left", overflow="fold")

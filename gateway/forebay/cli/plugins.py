@@ -46,15 +46,19 @@ def _described(entry: Loaded | Failed) -> dict[str, Any]:
 
 def _show(registry: Registry) -> None:
     rows = table("plugin", "from", "provides", "")
+    failed = [entry for entry in registry.report if isinstance(entry, Failed)]
     for entry in registry.report:
         origin = f"{entry.distribution} {entry.version}"
         if isinstance(entry, Failed):
-            rows.add_row(entry.name, origin, Text("failed", style="red"), entry.reason)
+            rows.add_row(entry.name, origin, Text("failed", style="red"))
             continue
         for index, thing in enumerate(entry.provides or ("nothing",)):
             named = (entry.name, origin) if index == 0 else ("", "")
             rows.add_row(*named, thing, _summary(registry, thing))
-    console().print(rows)
+    out = console()
+    out.print(rows)
+    for entry in failed:
+        out.print(Text.assemble("\n", (f"{entry.name} failed: ", "red"), entry.reason))
 
 
 def _summary(registry: Registry, thing: str) -> str:

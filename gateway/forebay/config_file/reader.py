@@ -215,8 +215,10 @@ def expectation(kind: Any) -> str:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     if kind is type(None):
         return "nothing"
-    if get_origin(kind) is list:
-        return "a list"
+    if get_origin(kind) in (list, tuple, set, frozenset):
+        inner = get_args(kind)[0]
+        choices = f" of {', '.join(get_args(inner))}" if get_origin(inner) is Literal else ""
+        return f"a list{choices}"
     if get_origin(kind) is dict or _is_struct(kind):
         return "a mapping"
     return _NAMES.get(kind, str(kind))
