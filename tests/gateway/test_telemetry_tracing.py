@@ -1,20 +1,18 @@
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import socket
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry import trace as otel
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
-from oteltap import OtelTapHttpProtobufReceiver, OtelTapHttpProtobufReceiverSettings
 
 from forebay.api import (
     Candidate,
@@ -66,61 +64,6 @@ DECISION = Decision(
 )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Collector:
-    """A real OTLP receiver, and what it has received."""
-
-    def __init__(self, tap: OtelTapHttpProtobufReceiver, endpoint: str) -> None:
-        self._tap = tap
-        self.endpoint = endpoint
-
-    def tracing(self, sample: float = 1.0) -> Tracing:
-        return Tracing.build(Settings(otlp_endpoint=self.endpoint, sample=sample))
-
-    async def spans(self, tracing: Tracing) -> list[Span]:
-        """All spans: the tracing is closed, and a last trace marks the end of what it has sent."""
-        tracing.close()
-        sentinel = self.tracing()
-        sentinel.request("/sentinel", "GET", {}).end(200, None, None)
-        sentinel.close()
-        received: list[Span] = []
-        async with asyncio.timeout(10):
-            async for span in self._tap.stream_traces():
-                if span.name == "GET /sentinel":
-                    return received
-                received.append(span)
-        raise AssertionError("the receiver stopped")
-
-
-@pytest.fixture
-async def collector() -> AsyncIterator[Collector]:
-    port = free_port()
-    settings = OtelTapHttpProtobufReceiverSettings(http_port=port)
-    async with OtelTapHttpProtobufReceiver(settings) as tap:
-        yield Collector(tap, f"http://127.0.0.1:{port}")
-
-
-def attributes(span: Span) -> dict[str, object]:
-    values: dict[str, object] = {}
-    for item in span.attributes:
-        kind = item.value.WhichOneof("value")
-        value = getattr(item.value, kind)
-        if kind == "array_value":
-            value = [element.string_value for element in value.values]
-        values[item.key] = value
-    return values
-
-
-def by_name(spans: list[Span], name: str) -> Span:
-    (span,) = [span for span in spans if span.name == name]
-    return span
-
-
 def decide(trace: RequestTrace) -> None:
     now = time.time_ns()
     trace.decided(DECISION, now - 1000, now)
@@ -131,7 +74,7 @@ def attempt_of(trace: RequestTrace, number: int = 1) -> AttemptTrace:
 
 
 async def test_one_trace_from_the_client_through_a_retry_into_the_backends_phases(
-    collector: Collector,
+    collector: Any,
 ) -> None:
     tracing = collector.tracing()
     headers = {"traceparent": TRACEPARENT, "tracestate": "shop=42"}
@@ -165,7 +108,10 @@ async def test_one_trace_from_the_client_through_a_retry_into_the_backends_phase
         ]
     )
     assert {s.trace_id.hex() for s in spans} == {TRACE} == {trace.trace_id}
-    server, route = by_name(spans, "POST /v1/chat/completions"), by_name(spans, "route")
+    server, route = (
+        collector.by_name(spans, "POST /v1/chat/completions"),
+        collector.by_name(spans, "route"),
+    )
     first, second = sorted(
         (s for s in spans if s.name == "chat gemma"), key=lambda s: s.start_time_unix_nano
     )
@@ -176,7 +122,7 @@ async def test_one_trace_from_the_client_through_a_retry_into_the_backends_phase
         assert sent.headers["traceparent"].endswith("-01")
         assert sent.headers["tracestate"] == "shop=42"
 
-    assert attributes(server) == {
+    assert collector.attributes(server) == {
         "http.request.method": "POST",
         "http.route": ROUTE,
         "url.path": ROUTE,
@@ -189,7 +135,7 @@ async def test_one_trace_from_the_client_through_a_retry_into_the_backends_phase
         "forebay.queue_seconds": 0.25,
         "forebay.overhead_seconds": 0.001,
     }
-    assert attributes(route) == {
+    assert collector.attributes(route) == {
         "forebay.policy": "prefix_affinity",
         "forebay.policy_version": "3",
         "forebay.candidates": ["a=0.75", "b=0.5", "c!full"],
@@ -209,7 +155,7 @@ async def test_one_trace_from_the_client_through_a_retry_into_the_backends_phase
         "forebay.candidate_count": 3,
         "forebay.arm": "canary",
     }
-    assert attributes(first) == common | {
+    assert collector.attributes(first) == common | {
         "gen_ai.provider.name": "llama_cpp",
         "server.address": "127.0.0.1",
         "server.port": 8081,
@@ -218,7 +164,7 @@ async def test_one_trace_from_the_client_through_a_retry_into_the_backends_phase
         "error.type": "connect_failed",
     }
     assert first.status.code == Status.STATUS_CODE_ERROR
-    told = attributes(second)
+    told = collector.attributes(second)
     waited = told.pop("gen_ai.response.time_to_first_chunk")
     assert isinstance(waited, float)
     assert 0.02 <= waited <= (second.end_time_unix_nano - second.start_time_unix_nano) / 1e9
@@ -237,10 +183,10 @@ async def test_one_trace_from_the_client_through_a_retry_into_the_backends_phase
     }
     assert {s.status.code for s in (server, route, second)} == {Status.STATUS_CODE_UNSET}
 
-    phases = [by_name(spans, name) for name in ("queue", "prefill", "decode")]
+    phases = [collector.by_name(spans, name) for name in ("queue", "prefill", "decode")]
     for phase, milliseconds in zip(phases, (4, 8, 15), strict=True):
         assert phase.parent_span_id == second.span_id
-        assert attributes(phase) == {
+        assert collector.attributes(phase) == {
             "forebay.synthetic": True,
             "forebay.timing_source": "vllm.metrics",
         }
@@ -255,7 +201,7 @@ async def test_one_trace_from_the_client_through_a_retry_into_the_backends_phase
 
 
 async def test_a_backend_that_exports_spans_itself_gets_no_synthesised_ones(
-    collector: Collector,
+    collector: Any,
 ) -> None:
     tracing = collector.tracing()
     trace = tracing.request(ROUTE, "POST", {})
@@ -264,7 +210,7 @@ async def test_a_backend_that_exports_spans_itself_gets_no_synthesised_ones(
     trace.end(200, None, None)
     spans = await collector.spans(tracing)
     assert sorted(s.name for s in spans) == ["POST /v1/chat/completions", "chat gemma"]
-    assert by_name(spans, "POST /v1/chat/completions").parent_span_id == b""
+    assert collector.by_name(spans, "POST /v1/chat/completions").parent_span_id == b""
     assert trace.trace_id == spans[0].trace_id.hex()
 
 
@@ -282,32 +228,34 @@ async def test_a_backend_that_exports_spans_itself_gets_no_synthesised_ones(
     ],
 )
 async def test_status_of_the_server_span(
-    collector: Collector, status: int, error: str | None, attribute: str | None, code: int
+    collector: Any, status: int, error: str | None, attribute: str | None, code: int
 ) -> None:
     tracing = collector.tracing()
     tracing.request(ROUTE, "POST", {}).end(status, None, error)
     (span,) = await collector.spans(tracing)
     assert span.status.code == code
-    assert attributes(span).get("error.type") == attribute
-    assert attributes(span).get("http.response.status_code") == (None if status == 499 else status)
+    assert collector.attributes(span).get("error.type") == attribute
+    assert collector.attributes(span).get("http.response.status_code") == (
+        None if status == 499 else status
+    )
 
 
-async def test_a_client_that_leaves_is_no_error_of_the_attempt(collector: Collector) -> None:
+async def test_a_client_that_leaves_is_no_error_of_the_attempt(collector: Any) -> None:
     tracing = collector.tracing()
     trace = tracing.request(ROUTE, "POST", {})
     attempt_of(trace).end(error="client_disconnected")
     trace.end(499, None, "client_disconnected")
-    span = by_name(await collector.spans(tracing), "chat gemma")
-    assert attributes(span)["error.type"] == "client_disconnected"
+    span = collector.by_name(await collector.spans(tracing), "chat gemma")
+    assert collector.attributes(span)["error.type"] == "client_disconnected"
     assert span.status.code == Status.STATUS_CODE_UNSET
 
 
-async def test_what_a_client_can_choose_does_not_name_spans(collector: Collector) -> None:
+async def test_what_a_client_can_choose_does_not_name_spans(collector: Any) -> None:
     tracing = collector.tracing()
     tracing.request("", "BREW" * 1000, {}).end(405, None, None)
     (span,) = await collector.spans(tracing)
     assert span.name == "HTTP"
-    assert attributes(span)["http.request.method"] == "_OTHER"
+    assert collector.attributes(span)["http.request.method"] == "_OTHER"
 
 
 @pytest.mark.parametrize(
@@ -367,7 +315,7 @@ def test_an_unsound_tracestate_is_not_passed_on(tracestate: str) -> None:
     assert attempt_of(trace).headers == {"traceparent": TRACEPARENT}
 
 
-async def test_unsampled_requests_are_not_recorded_but_passed_on(collector: Collector) -> None:
+async def test_unsampled_requests_are_not_recorded_but_passed_on(collector: Any) -> None:
     tracing = collector.tracing(sample=0.0)
     unsampled = f"00-{TRACE}-{PARENT}-00"
     theirs = tracing.request(ROUTE, "POST", {"traceparent": unsampled})
@@ -383,14 +331,14 @@ async def test_unsampled_requests_are_not_recorded_but_passed_on(collector: Coll
     assert await collector.spans(tracing) == []
 
 
-async def test_a_client_that_samples_decides_for_its_own_trace(collector: Collector) -> None:
+async def test_a_client_that_samples_decides_for_its_own_trace(collector: Any) -> None:
     tracing = collector.tracing(sample=0.0)
     tracing.request(ROUTE, "POST", {"traceparent": TRACEPARENT}).end(200, None, None)
     (span,) = await collector.spans(tracing)
     assert span.trace_id.hex() == TRACE
 
 
-async def test_nothing_is_global_or_current(collector: Collector) -> None:
+async def test_nothing_is_global_or_current(collector: Any) -> None:
     before = otel.get_tracer_provider()
     tracing = collector.tracing()
     with otel.use_span(otel.NonRecordingSpan(otel.SpanContext(1, 2, is_remote=False))):
@@ -405,7 +353,7 @@ async def test_nothing_is_global_or_current(collector: Collector) -> None:
 
 
 async def test_ending_twice_is_ending_once(
-    collector: Collector, caplog: pytest.LogCaptureFixture
+    collector: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracing = collector.tracing()
     trace = tracing.request(ROUTE, "POST", {})

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 
 from prometheus_client import (
-    CONTENT_TYPE_LATEST,
     CollectorRegistry,
     Counter,
     Gauge,
@@ -58,9 +57,6 @@ _QUEUE = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 class Metrics:
     """One registry per gateway. ``models`` are the configured names, the only ones labels show."""
-
-    #: Of what :meth:`render` returns.
-    content_type = CONTENT_TYPE_LATEST
 
     def __init__(self, models: Iterable[str]) -> None:
         self._models = frozenset(models)
@@ -164,7 +160,7 @@ class Metrics:
         )
 
     def render(self) -> bytes:
-        """The text that Prometheus scrapes, of :attr:`content_type`."""
+        """Prometheus' text format, version 0.0.4. Runs in a thread as well."""
         return generate_latest(_WithoutCreated(self.registry))
 
     def _child(self, family: Counter, *labels: str) -> Counter:

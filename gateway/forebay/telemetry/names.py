@@ -65,8 +65,8 @@ def server_span(route: str, method: str) -> tuple[str, Attributes]:
 
 
 def server_result(status: int, decision: Decision | None) -> Attributes:
-    """What the SERVER span says at its end. 499 was never sent, so it is not told as a status."""
-    attributes: Attributes = {} if status == 499 else {RESPONSE_STATUS: status}
+    """What the SERVER span says at its end. 499 and 0 (nothing at all) were never sent."""
+    attributes: Attributes = {} if status in (0, 499) else {RESPONSE_STATUS: status}
     if decision is None:
         return attributes
     attributes["forebay.request_id"] = decision.request_id

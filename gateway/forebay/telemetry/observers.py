@@ -48,11 +48,11 @@ class Observers:
 
     def failures(self) -> Mapping[str, int]:
         """Calls that raised, by the observer's class."""
-        return self._failures
+        return dict(self._failures)  # a copy: scrapes run in a thread
 
     def dropped(self) -> Mapping[str, int]:
         """Events that found the queue full, by kind."""
-        return self._dropped
+        return dict(self._dropped)
 
     async def aclose(self) -> None:
         """Deliver what is queued, for a bounded time, then close the observers."""
