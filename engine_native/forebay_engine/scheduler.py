@@ -13,7 +13,7 @@ Pure bookkeeping: no tensors, no clock, no threads. State changes only in :meth:
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from forebay_engine.blocks import BlockPool
 from forebay_engine.errors import RequestRefused
@@ -33,6 +33,9 @@ class Counters:
     cached_tokens: int = 0
     computed_tokens: int = 0
     steps: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
 
 
 @dataclass(slots=True, eq=False)

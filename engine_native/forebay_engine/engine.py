@@ -1,0 +1,286 @@
+"""The engine: requests in, events out, and between them one step after the other.
+
+Everything here runs on one event loop, the model's step alone in a thread of its own; so requests
+come, go and are aborted while a step runs, and no lock is needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from itertools import count
+from typing import Protocol
+
+from forebay_engine.blocks import BlockPool
+from forebay_engine.chat import ChatTemplate
+from forebay_engine.config import EngineConfig
+from forebay_engine.detokenizer import Detokenizer, StopStrings
+from forebay_engine.errors import RequestRefused, StartRefused
+from forebay_engine.prompts import PromptEncoder
+from forebay_engine.scheduler import Scheduler
+from forebay_engine.sequence import FinishReason, SamplingParams, Sequence
+from forebay_engine.step import Sampled, StepPlan, StepResult
+from forebay_engine.tokenizer import Tokenizer
+from forebay_engine.wire import Accepted, Done, Event, Generate, Logprob, Output
+
+
+class StepRunner(Protocol):
+    """The model's side of the step contract; ``execute`` blocks and is called from one thread."""
+
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+
+    def execute(self, plan: StepPlan) -> StepResult: ...
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """One sequence of a request, and its text so far."""
+
+    request: Request
+    index: int
+    sequence: Sequence
+    text: Detokenizer
+    stops: StopStrings
+    #: Tokens whose text is still held back.
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A generation; the times are :func:`time.monotonic`, None: not reached."""
+
+    command: Generate
+    emit: Callable[[Event], None]
+    prompt_tokens: int
+    submitted: float
+    choices: list[Choice] = field(default_factory=list)
+    open: int = 0
+    admitted: float | None = None
+    first_token: float | None = None
+    ended: float | None = None
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(choice.sequence.num_output for choice in self.choices)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Each prompt counts once, by its first choice."""
+        return sum(choice.sequence.num_cached for choice in self.choices[:: self.command.n])
+
+
+class Engine:
+    """Serves requests on a loaded model. ``on_end`` is told of each request that ended."""
+
+    def __init__(
+        self,
+        runner: StepRunner,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        config: EngineConfig,
+        on_end: Callable[[Request], None] = lambda request: None,
+    ) -> None:
+        self._runner = runner
+        self._tokenizer = tokenizer
+        self._on_end = on_end
+        self.max_model_len = _context(runner, config)
+        self.scheduler = Scheduler(
+            BlockPool(runner.num_blocks, runner.block_size, prefix_cache=config.prefix_cache),
+            max_step_tokens=config.max_step_tokens,
+            max_sequences=config.max_sequences,
+            max_model_len=self.max_model_len,
+            eos_token_ids=runner.eos_token_ids,
+        )
+        self._encoder = PromptEncoder(tokenizer, template, runner.vocab_size)
+        self._choices: dict[int, Choice] = {}
+        self._ids = count()
+        self._work = asyncio.Event()
+
+    async def submit(self, command: Generate, emit: Callable[[Event], None]) -> Request:
+        """Queue a request; its events go to ``emit``, ``Accepted`` before this returns.
+
+        :raises RequestRefused: it can't be served; nothing is queued.
+        """
+        submitted = time.monotonic()
+        prompts = await asyncio.to_thread(self._encoder.encode, command)
+        samplings = [self._sampling(command, prompt) for prompt in prompts]
+        request = Request(command, emit, sum(map(len, prompts)), submitted)
+        for number, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
+            for index in range(number * command.n, (number + 1) * command.n):
+                self._add(request, index, prompt, sampling)
+        request.open = len(request.choices)
+        emit(Accepted(command.id, request.prompt_tokens))
+        self._work.set()
+        return request
+
+    def abort(self, request: Request) -> None:
+        """Drop a request: no more events come, and its blocks are freed as by the scheduler."""
+        if request.ended is not None:
+            return
+        for choice in request.choices:
+            self.scheduler.abort(choice.sequence.id)
+            self._choices.pop(choice.sequence.id, None)
+        self._end(request)
+
+    async def run(self) -> None:
+        """Step for ever. What it raises is a defect, and the end of the engine."""
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(1, "forebay-step") as thread:
+            while True:
+                plan = self.scheduler.plan()
+                if plan is None:
+                    self._check_idle()
+                    self._work.clear()
+                    await self._work.wait()
+                    continue
+                self._note_admissions(plan)
+                result = await loop.run_in_executor(thread, self._runner.execute, plan)
+                for sequence, sampled in self.scheduler.apply(result):
+                    self._advance(self._choices[sequence.id], sampled)
+
+    def _sampling(self, command: Generate, prompt: list[int]) -> SamplingParams:
+        sampling = command.sampling
+        if command.fill_context:
+            left = max(1, self.max_model_len - len(prompt))
+            sampling = replace(sampling, max_tokens=left)
+        try:
+            self.scheduler.refuse_impossible(len(prompt), sampling.max_tokens)
+        except RequestRefused as refusal:
+            if refusal.param == "prompt" and command.messages is not None:
+                raise RequestRefused(refusal.message, "messages") from None
+            raise
+        return sampling
+
+    def _add(
+        self, request: Request, index: int, prompt: list[int], sampling: SamplingParams
+    ) -> None:
+        sampling = replace(sampling, seed=_seed(request.command.seed, index))
+        sequence = Sequence(next(self._ids), prompt, sampling)
+        self.scheduler.add(sequence, request.command.salt.encode())
+        text = Detokenizer(self._tokenizer.decode, prompt)
+        choice = Choice(request, index, sequence, text, StopStrings(sampling.stop))
+        request.choices.append(choice)
+        self._choices[sequence.id] = choice
+
+    def _note_admissions(self, plan: StepPlan) -> None:
+        now = time.monotonic()
+        for row in plan.rows:
+            request = self._choices[row.seq_id].request
+            if request.admitted is None:
+                request.admitted = now
+
+    def _advance(self, choice: Choice, sampled: Sampled) -> None:
+        """Take a choice's next token, and send what text is certain by now."""
+        sequence, request = choice.sequence, choice.request
+        if request.first_token is None:
+            request.first_token = time.monotonic()
+        choice.token_ids.append(sampled.token_id)
+        text = ""
+        # A token that stops is no part of the text.
+        if sequence.finish_reason is not FinishReason.STOP:
+            text = self._text(choice, sampled)
+        if sequence.finish_reason is not None:
+            text += choice.stops.flush()
+        if text or sequence.finish_reason is not None:
+            self._send(choice, text)
+        if sequence.finish_reason is not None:
+            self._close(choice)
+
+    def _text(self, choice: Choice, sampled: Sampled) -> str:
+        sequence = choice.sequence
+        if sampled.logprob is not None:
+            choice.logprobs.append(self._logprob(sampled, sampled.logprob))
+        text = choice.text.push(sampled.token_id)
+        if sequence.num_output <= sequence.sampling.min_tokens:
+            return text
+        text, stopped = choice.stops.push(text)
+        if stopped:
+            self.scheduler.abort(sequence.id, FinishReason.STOP)
+            sequence.finish_reason = FinishReason.STOP
+        return text
+
+    def _logprob(self, sampled: Sampled, logprob: float) -> Logprob:
+        name = self._tokenizer.token_text
+        top = [(name(token_id), value) for token_id, value in sampled.top]
+        return Logprob(name(sampled.token_id), logprob, top)
+
+    def _send(self, choice: Choice, text: str) -> None:
+        choice.request.emit(
+            Output(
+                id=choice.request.command.id,
+                index=choice.index,
+                text=text,
+                token_ids=choice.token_ids,
+                logprobs=choice.logprobs,
+                finish_reason=choice.sequence.finish_reason,
+            )
+        )
+        choice.token_ids, choice.logprobs = [], []
+
+    def _close(self, choice: Choice) -> None:
+        request = choice.request
+        del self._choices[choice.sequence.id]
+        request.open -= 1
+        if request.open:
+            return
+        self._end(request)
+        queue, prefill, decode = durations(request)
+        request.emit(
+            Done(
+                id=request.command.id,
+                prompt_tokens=request.prompt_tokens,
+                completion_tokens=request.completion_tokens,
+                cached_tokens=request.cached_tokens,
+                queue=queue,
+                prefill=prefill,
+                decode=decode,
+            )
+        )
+
+    def _end(self, request: Request) -> None:
+        request.ended = time.monotonic()
+        self._on_end(request)
+
+    def _check_idle(self) -> None:
+        if self.scheduler.pool.in_use:
+            raise RuntimeError(f"{self.scheduler.pool.in_use} blocks are held but nobody is there")
+
+
+def durations(request: Request) -> tuple[float, float, float]:
+    """Seconds in the queue, until the first token, and until the end, of an ended request."""
+    ended = request.ended if request.ended is not None else request.submitted
+    admitted = request.admitted if request.admitted is not None else ended
+    first = request.first_token if request.first_token is not None else ended
+    return admitted - request.submitted, max(0.0, first - admitted), ended - first
+
+
+def _seed(seed: int | None, index: int) -> int:
+    """The seed of a choice, 63 bits: choices differ, and are the same in every run of a seed."""
+    if seed is None:
+        return secrets.randbits(63)
+    digest = blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _context(runner: StepRunner, config: EngineConfig) -> int:
+    """Tokens that a single sequence may have, by the model and by the cache.
+
+    :raises StartRefused: the configuration asks for more than the cache holds.
+    """
+    held = runner.num_blocks * runner.block_size
+    if config.max_model_len > held:
+        raise StartRefused(
+            f"max_model_len is {config.max_model_len}, but the KV cache holds {held} tokens "
+            f"({runner.num_blocks} blocks of {runner.block_size}): raise kv_cache_bytes"
+        )
+    return min(runner.max_model_len, held)

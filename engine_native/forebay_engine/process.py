@@ -1,0 +1,174 @@
+"""The engine's own process: ``python -m forebay_engine.process --model PATH --socket PATH``.
+
+It listens on a Unix socket from the start, loads the model meanwhile, and serves any number of
+connections. It ends on SIGTERM, and with ``--watch-stdin`` when its standard input does: the pipe
+is held open by whoever started it, and closes however that one dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from forebay_engine.chat import ChatTemplate
+from forebay_engine.config import EngineConfig
+from forebay_engine.engine import Engine, StepRunner
+from forebay_engine.errors import StartRefused
+from forebay_engine.memory import refuse_what_does_not_fit
+from forebay_engine.server import Server
+from forebay_engine.tokenizer import Tokenizer
+from forebay_engine.tracing import Tracing
+from forebay_engine.wire import EXIT_REFUSED
+
+#: How far the engine stands back behind the gateway where they share cores.
+NICENESS = 5
+#: Seconds for an orderly end after standard input has closed.
+_GRACE = 3.0
+
+log = logging.getLogger("forebay_engine")
+
+
+def load_runner(config: EngineConfig) -> StepRunner:
+    """The real one; imports torch.
+
+    :raises StartRefused: the model does not fit, or is none that we can serve.
+    """
+    refuse_what_does_not_fit(config)
+    from forebay_engine.hf_config import ModelError
+    from forebay_engine.runner import Runner
+
+    try:
+        runner = Runner(config)
+    except ModelError as error:
+        raise StartRefused(str(error)) from error
+    log.info("weights loaded, warming up")
+    runner.warm_up()
+    return runner
+
+
+def set_up_threads(threads: int) -> None:
+    """Set what OpenMP reads when torch is imported: idle threads sleep instead of spinning."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ["OMP_NUM_THREADS"] = str(threads or cores or 1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+async def serve(
+    config: EngineConfig,
+    socket: Path,
+    make_runner: Callable[[EngineConfig], StepRunner],
+    watch_stdin: bool,
+) -> NoReturn:
+    """Serve until told to end, and exit."""
+    end = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end.set)
+    if watch_stdin:
+        threading.Thread(target=_watch_stdin, args=(loop, end), daemon=True).start()
+    server = Server()
+    tracing = Tracing.from_environment(os.environ, Path(config.model).name)
+    listener = await asyncio.start_unix_server(server.serve, str(socket))
+    work = asyncio.create_task(_work(server, config, make_runner, tracing))
+    ending = asyncio.create_task(end.wait())
+    await asyncio.wait([work, ending], return_when=asyncio.FIRST_COMPLETED)
+    status = _status(work) if work.done() else 0
+    listener.close()
+    await asyncio.to_thread(socket.unlink, missing_ok=True)
+    if tracing is not None:
+        await asyncio.to_thread(tracing.close)
+    logging.shutdown()
+    # Not a return: the loop's end would wait for a step or a model load that may still run.
+    os._exit(status)
+
+
+async def _work(
+    server: Server,
+    config: EngineConfig,
+    make_runner: Callable[[EngineConfig], StepRunner],
+    tracing: Tracing | None,
+) -> None:
+    """Load, then step for ever."""
+    begin = time.monotonic()
+    folder = Path(config.model)
+    log.info("loading %s", folder)
+    if not (folder / "config.json").is_file():
+        raise StartRefused(f"{folder} is no model folder: there is no config.json in it")
+    tokenizer = await asyncio.to_thread(Tokenizer.from_folder, folder)
+    template = ChatTemplate.from_folder(folder)
+    runner = await asyncio.to_thread(make_runner, config)
+    on_end = tracing.record if tracing is not None else lambda request: None
+    engine = Engine(runner, tokenizer, template, config, on_end)
+    log.info(
+        "ready after %.1f s: context %d tokens, KV cache %d blocks of %d tokens",
+        time.monotonic() - begin,
+        engine.max_model_len,
+        runner.num_blocks,
+        runner.block_size,
+    )
+    server.open(engine, config)
+    await engine.run()
+
+
+def _status(work: asyncio.Task[None]) -> int:
+    error = work.exception()
+    if isinstance(error, StartRefused):
+        log.error("%s", error)
+        return EXIT_REFUSED
+    log.critical("the engine failed", exc_info=error)
+    return 1
+
+
+def _watch_stdin(loop: asyncio.AbstractEventLoop, end: asyncio.Event) -> None:
+    while os.read(0, 4096):
+        pass
+    loop.call_soon_threadsafe(end.set)
+    time.sleep(_GRACE)
+    os._exit(1)
+
+
+def options(command: Callable[..., None]) -> Callable[..., None]:
+    """An option for each field of :class:`EngineConfig`, so that neither can lack one."""
+    for item in reversed(fields(EngineConfig)):
+        name = item.name.replace("_", "-")
+        declaration = f"--{name}/--no-{name}" if item.type == "bool" else f"--{name}"
+        required: dict[str, Any] = {"required": True}
+        given = required if item.default is MISSING else {"default": item.default}
+        command = click.option(declaration, **given)(command)
+    return command
+
+
+def main(make_runner: Callable[[EngineConfig], StepRunner] = load_runner) -> None:
+    """Run the command line; tests pass a runner of their own."""
+
+    @click.command()
+    @click.option("--socket", required=True, type=click.Path(path_type=Path))
+    @click.option("--watch-stdin", is_flag=True, help="End when standard input does.")
+    @options
+    def command(socket: Path, watch_stdin: bool, **values: Any) -> None:
+        """Serve a model on a Unix socket."""
+        logging.basicConfig(
+            level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
+        )
+        config = EngineConfig(**values)
+        set_up_threads(config.threads)
+        os.nice(NICENESS)
+        asyncio.run(serve(config, socket, make_runner, watch_stdin))
+
+    command()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""From what a client sends to token ids, with every refusal on the way."""
+
+from __future__ import annotations
+
+import math
+
+from forebay_engine.chat import ChatTemplate
+from forebay_engine.errors import RequestRefused
+from forebay_engine.sequence import SamplingParams
+from forebay_engine.tokenizer import Tokenizer
+from forebay_engine.wire import Generate
+
+#: Each costs a name and a number for every token sent.
+MAX_LOGPROBS = 20
+
+
+class PromptEncoder:
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate | None, vocab_size: int
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        self._vocab_size = vocab_size
+
+    def encode(self, command: Generate) -> list[list[int]]:
+        """Token ids of each prompt of a valid command. Slow for long texts: call it in a thread.
+
+        :raises RequestRefused: naming the field that is wrong.
+        """
+        check(command.sampling)
+        if command.n < 1:
+            raise RequestRefused(f"n is {command.n}; it must be at least 1", "n")
+        if command.messages is not None:
+            return [self._chat(command)]
+        if not command.prompts:
+            raise RequestRefused("there is no prompt", "prompt")
+        return [self._prompt(prompt) for prompt in command.prompts]
+
+    def _chat(self, command: Generate) -> list[int]:
+        if not command.messages:
+            raise RequestRefused("there are no messages", "messages")
+        if self._template is None:
+            raise RequestRefused(
+                "this model has no chat template: use /v1/completions, "
+                "or put a chat_template.jinja into its folder",
+                "messages",
+            )
+        return self._tokenizer.encode(self._template.render(command.messages), special=False)
+
+    def _prompt(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return self._tokenizer.encode(prompt, special=True)
+        for token_id in prompt:
+            if not 0 <= token_id < self._vocab_size:
+                raise RequestRefused(
+                    f"token id {token_id} is outside the vocabulary of {self._vocab_size}", "prompt"
+                )
+        return prompt
+
+
+def check(sampling: SamplingParams) -> None:
+    """:raises RequestRefused: a sampling parameter is out of range."""
+    limits = [
+        ("temperature", sampling.temperature, 0.0, math.inf),
+        ("top_p", sampling.top_p, 0.0, 1.0),
+        ("min_p", sampling.min_p, 0.0, 1.0),
+        ("top_k", sampling.top_k, 0, math.inf),
+        ("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0),
+        ("presence_penalty", sampling.presence_penalty, -2.0, 2.0),
+        ("repetition_penalty", sampling.repetition_penalty, 0.0, math.inf),
+        ("logprobs", sampling.logprobs or 0, 0, MAX_LOGPROBS),
+        ("min_tokens", sampling.min_tokens, 0, math.inf),
+    ]
+    for name, value, low, high in limits:
+        if not (low <= value <= high and math.isfinite(value)):
+            raise RequestRefused(
+                f"{name} is {value:g}; it must be within {low:g} and {high:g}", name
+            )
+    if sampling.top_p == 0 or sampling.repetition_penalty == 0:
+        name = "top_p" if sampling.top_p == 0 else "repetition_penalty"
+        raise RequestRefused(f"{name} is 0; it must be greater", name)
+    if "" in sampling.stop:
+        raise RequestRefused("an empty stop string would stop before the first token", "stop")

@@ -1,0 +1,149 @@
+"""The engine's socket: connections, and the requests that live on each."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from importlib.metadata import PackageNotFoundError, version
+
+import msgspec
+
+from forebay_engine.config import EngineConfig
+from forebay_engine.engine import Engine, Request
+from forebay_engine.errors import EngineError, RequestRefused
+from forebay_engine.wire import (
+    Abort,
+    Command,
+    Done,
+    Event,
+    Failed,
+    FrameReader,
+    Generate,
+    GetStatus,
+    Status,
+    frame,
+)
+
+_READ_BYTES = 1 << 16
+
+log = logging.getLogger("forebay_engine")
+
+
+class Server:
+    """Answers connections; until ``open`` is called, that the model is being loaded."""
+
+    def __init__(self) -> None:
+        self._engine: Engine | None = None
+        self._config: EngineConfig | None = None
+        self._version = _version()
+
+    def open(self, engine: Engine, config: EngineConfig) -> None:
+        self._engine, self._config = engine, config
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, to its end; what it started and left open is aborted."""
+        connection = _Connection(self, writer)
+        frames = FrameReader()
+        decoder = msgspec.msgpack.Decoder(Command)
+        try:
+            while data := await reader.read(_READ_BYTES):
+                for body in frames.feed(data):
+                    connection.take(decoder.decode(body))
+        except (EngineError, msgspec.DecodeError) as error:
+            log.warning("closing a connection that does not keep to the protocol: %s", error)
+        except ConnectionError:
+            log.info("a client has gone")
+        finally:
+            connection.close()
+            writer.close()
+
+    @property
+    def engine(self) -> Engine | None:
+        return self._engine
+
+    def status(self, id: int) -> Status:
+        engine, config = self._engine, self._config
+        if engine is None or config is None:
+            return Status(id=id, state="loading", version=self._version)
+        scheduler = engine.scheduler
+        return Status(
+            id=id,
+            state="ready",
+            version=self._version,
+            max_model_len=engine.max_model_len,
+            max_sequences=config.max_sequences,
+            running=scheduler.running,
+            waiting=scheduler.waiting,
+            kv_usage=scheduler.kv_usage,
+            counters=scheduler.counters.as_dict(),
+        )
+
+
+class _Connection:
+    """The requests of one client. Writes are buffered without limit, but ``max_tokens`` is one."""
+
+    def __init__(self, server: Server, writer: asyncio.StreamWriter) -> None:
+        self._server = server
+        self._writer = writer
+        self._requests: dict[int, asyncio.Task[Request | None]] = {}
+
+    def take(self, command: Command) -> None:
+        match command:
+            case GetStatus(id):
+                self._send(self._server.status(id))
+            case Abort(id):
+                self._abort(id)
+            case Generate():
+                if command.id in self._requests:
+                    raise EngineError(f"id {command.id} is in use")
+                self._start(command)
+
+    def close(self) -> None:
+        for id in list(self._requests):
+            self._abort(id)
+
+    def _start(self, command: Generate) -> None:
+        def report(task: asyncio.Task[Request | None]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.error("a request could not be started", exc_info=error)
+                self._send(Failed(command.id, "failed", f"the engine failed: {error}"))
+
+        task = asyncio.create_task(self._generate(command))
+        self._requests[command.id] = task
+        task.add_done_callback(report)
+
+    async def _generate(self, command: Generate) -> Request | None:
+        engine = self._server.engine
+        if engine is None:
+            self._send(Failed(command.id, "loading", "the model is being loaded"))
+            return None
+        try:
+            return await engine.submit(command, self._send)
+        except RequestRefused as refusal:
+            self._send(Failed(command.id, "refused", refusal.message, refusal.param))
+            return None
+
+    def _send(self, event: Event) -> None:
+        if isinstance(event, Done | Failed):
+            self._requests.pop(event.id, None)
+        if not self._writer.is_closing():
+            self._writer.write(frame(event))
+
+    def _abort(self, id: int) -> None:
+        """Drop a request, while its prompt is still being encoded or at any later time."""
+        task = self._requests.pop(id, None)
+        if task is None:
+            return
+        if not task.done():
+            task.cancel()
+            return
+        request, engine = task.result(), self._server.engine
+        if request is not None and engine is not None:
+            engine.abort(request)
+
+
+def _version() -> str:
+    try:
+        return version("forebay")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,53 @@
+"""The model's tokenizer, from its ``tokenizer.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from pathlib import Path
+
+from tokenizers import Tokenizer as Backend
+
+from forebay_engine.errors import StartRefused
+
+
+class Tokenizer:
+    """Thread-safe: ``encode`` runs beside the others in a thread of its own."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        # An ordinary token, so that the next one is decoded as in the middle of a text.
+        self._anchor = backend.encode("a", add_special_tokens=False).ids[-1:]
+        self._anchor_length = len(self._decode_all(self._anchor))
+        self._texts: dict[int, str] = {}
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """:raises StartRefused: there is no readable tokenizer.json."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise StartRefused(
+                f"{path} is missing; make it with transformers: "
+                f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+            )
+        return cls(Backend.from_file(str(path)))
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Token ids; ``special`` adds what the model wants around a text, such as its ``<bos>``."""
+        # The batch call is the one that lets other threads run meanwhile.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=special)
+        return list(encoding.ids)
+
+    def decode(self, ids: Items[int]) -> str:
+        """The text of tokens, special ones left out."""
+        return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token as it stands within a text, special tokens by their name."""
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._decode_all([*self._anchor, token_id])[self._anchor_length :]
+            self._texts[token_id] = text
+        return text
+
+    def _decode_all(self, ids: list[int]) -> str:
+        return self._backend.decode(ids, skip_special_tokens=False)

@@ -1,0 +1,154 @@
+"""What goes over the engine's socket: msgpack frames, each behind its length (4 bytes, big-endian).
+
+A client sends commands and gets events; ``id`` ties them together and is chosen by the client,
+unique among what is open on its connection. A generation is answered by ``Accepted Output* Done``,
+or ends in ``Failed``; after an ``Abort`` nothing more is sent for it. Closing the connection aborts
+all that was started on it.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+
+from forebay_engine.errors import EngineError
+from forebay_engine.sequence import FinishReason, SamplingParams
+
+#: Exit status of a process that would end the same way if started again; EX_CONFIG of sysexits.h.
+EXIT_REFUSED = 78
+#: Bytes of the largest frame; a prompt of a million token ids takes 5 MB.
+MAX_FRAME = 64 << 20
+_LENGTH = struct.Struct(">I")
+
+
+class Generate(Struct, frozen=True, kw_only=True, tag="generate"):
+    """Generate from ``prompts`` or from ``messages``; choice ``i`` is of prompt ``i // n``."""
+
+    id: int = 0
+    prompts: list[str | list[int]] = []
+    #: For the chat template: dicts with ``role``, ``content`` and what else the template reads.
+    messages: list[dict[str, Any]] | None = None
+    n: int = 1
+    #: Its ``seed`` is ignored in favour of the one below.
+    sampling: SamplingParams = SamplingParams()
+    #: ``max_tokens`` is whatever the context has left after the prompt.
+    fill_context: bool = False
+    #: None: a random one for each choice.
+    seed: int | None = None
+    #: Only requests of the same salt share cached prefixes.
+    salt: str = ""
+    #: W3C trace context of the span under which the engine's spans belong; empty: none.
+    traceparent: str = ""
+
+
+class Abort(Struct, frozen=True, tag="abort"):
+    id: int
+
+
+class GetStatus(Struct, frozen=True, tag="get_status"):
+    id: int
+
+
+class Accepted(Struct, frozen=True, tag="accepted"):
+    """The request is valid and queued."""
+
+    id: int
+    prompt_tokens: int
+
+
+class Logprob(Struct, frozen=True, array_like=True):
+    token: str
+    logprob: float
+    #: The likeliest tokens at this place, best first.
+    top: list[tuple[str, float]]
+
+
+class Output(Struct, frozen=True, tag="output", omit_defaults=True):
+    """The next piece of choice ``index``; the last one has the ``finish_reason``."""
+
+    id: int
+    index: int
+    text: str = ""
+    token_ids: list[int] = []
+    logprobs: list[Logprob] = []
+    finish_reason: FinishReason | None = None
+
+
+class Done(Struct, frozen=True, tag="done"):
+    """All choices have ended. Times in seconds."""
+
+    id: int
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    queue: float
+    prefill: float
+    decode: float
+
+
+class Failed(Struct, frozen=True, tag="failed"):
+    """``refused``: the request's fault; ``loading``: too early; ``failed``: a defect of ours."""
+
+    id: int
+    kind: Literal["refused", "loading", "failed"]
+    message: str
+    param: str | None = None
+
+
+class Status(Struct, frozen=True, kw_only=True, tag="status"):
+    id: int = 0
+    state: Literal["loading", "ready"]
+    version: str = ""
+    #: Tokens of prompt and answer together.
+    max_model_len: int = 0
+    max_sequences: int = 0
+    running: int = 0
+    waiting: int = 0
+    #: Share of the KV cache that sequences hold, 0 to 1.
+    kv_usage: float = 0.0
+    #: Totals since the start, by name.
+    counters: dict[str, int] = {}
+
+
+Command = Generate | Abort | GetStatus
+Event = Accepted | Output | Done | Failed | Status
+
+
+def frame(message: Command | Event) -> bytes:
+    """A message as it goes over the socket.
+
+    :raises EngineError: it is longer than ``MAX_FRAME``.
+    """
+    body = msgspec.msgpack.encode(message)
+    if len(body) > MAX_FRAME:
+        raise EngineError(f"a message of {len(body)} bytes exceeds the {MAX_FRAME} of a frame")
+    return _LENGTH.pack(len(body)) + body
+
+
+class FrameReader:
+    """Cuts a stream of bytes into frames."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The bodies of the frames that ``data`` completes.
+
+        :raises EngineError: a frame says that it is longer than ``MAX_FRAME``.
+        """
+        self._buffer += data
+        bodies, start = [], 0
+        while len(self._buffer) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer, start)
+            if length > MAX_FRAME:
+                raise EngineError(f"a frame of {length} bytes exceeds the limit of {MAX_FRAME}")
+            end = start + _LENGTH.size + length
+            if len(self._buffer) < end:
+                break
+            bodies.append(bytes(self._buffer[start + _LENGTH.size : end]))
+            start = end
+        del self._buffer[:start]
+        return bodies

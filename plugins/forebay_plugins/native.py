@@ -1,0 +1,300 @@
+"""The native engine as a backend: our own process on this machine, reached over a Unix socket."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from forebay.api import (
+    Adapter,
+    AdapterContext,
+    AdapterKind,
+    Attempt,
+    BackendBusy,
+    BackendFailed,
+    BackendRefused,
+    BackendSettings,
+    Capabilities,
+    ConfigError,
+    ConnectFailed,
+    Delta,
+    Event,
+    Finished,
+    FinishReason,
+    GenerateRequest,
+    Load,
+    Message,
+    Sampling,
+    Started,
+    StreamTruncated,
+    Timings,
+    TokenLogprob,
+    Usage,
+    hookimpl,
+)
+from forebay_engine.client import (
+    ENGINE_COMMAND,
+    Accepted,
+    Done,
+    EngineClient,
+    EngineConfig,
+    EngineDied,
+    EngineError,
+    EngineUnavailable,
+    Generate,
+    Output,
+    RequestRefused,
+    SamplingParams,
+    Status,
+)
+
+#: OpenAI's default for completions; a chat answer may fill the context.
+_COMPLETION_TOKENS = 16
+
+
+class NativeSettings(BackendSettings, kw_only=True, frozen=True):
+    """A model on the native engine."""
+
+    path: str
+    """Model folder, or the name of a model that `forebay model pull` fetched."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of weights and KV cache; `auto`: as stored."""
+    kv_cache_bytes: int = 512 << 20
+    """Memory of the KV cache in bytes."""
+    block_size: int = 32
+    """Tokens in a page of the KV cache."""
+    max_step_tokens: int = 512
+    """Most tokens in one step, prompt chunks and decodes together."""
+    max_sequences: int = 64
+    """Most sequences that are worked on at once."""
+    max_model_len: int = 0
+    """Longest prompt and answer together, in tokens; 0: what model and KV cache allow."""
+    prefix_cache: bool = True
+    """Reuse the cached pages of equal prefixes; only within a tenant."""
+    threads: int = 0
+    """Compute threads; 0: the engine measures and chooses."""
+
+
+class NativeAdapter(Adapter):
+    """Starts the engine with the gateway and speaks the typed lane."""
+
+    def __init__(
+        self,
+        settings: NativeSettings,
+        context: AdapterContext,
+        command: Sequence[str] = ENGINE_COMMAND,
+    ) -> None:
+        self._settings = settings
+        self._context = context
+        self._command = command
+        self._client: EngineClient | None = None
+
+    async def start(self) -> None:
+        """:raises ConfigError: there is no such model folder."""
+        if self._client is None:
+            self._client = EngineClient(
+                self._config(), environment=self._context.environment, command=self._command
+            )
+            await self._client.start()
+
+    async def stream(self, request: GenerateRequest, attempt: Attempt) -> AsyncGenerator[Event]:
+        command = _command(request, attempt)
+        started = False
+        try:
+            async with aclosing(self._engine().generate(command)) as events:
+                async for event in events:
+                    started = True
+                    yield _event(event)
+        except RequestRefused as error:
+            raise BackendRefused(error.message, param=_param(error, request)) from error
+        except EngineDied as error:
+            if started:
+                raise StreamTruncated(error.message) from error
+            raise ConnectFailed(error.message) from error
+        except EngineUnavailable as error:
+            raise _unavailable(error) from error
+        except EngineError as error:
+            raise BackendFailed(error.message) from error
+
+    async def probe(self) -> Capabilities:
+        status = await self._status()
+        if status.state == "loading":
+            raise BackendBusy("the model is being loaded", code="loading", retry_after=1.0)
+        return Capabilities(
+            logprobs=True,
+            extra_fields=False,
+            max_context=status.max_model_len,
+            slots=status.max_sequences,
+            version=status.version,
+            models=(Path(self._settings.path).name,),
+        )
+
+    async def load(self) -> Load | None:
+        status = await self._status()
+        return Load(running=status.running, waiting=status.waiting, kv_usage=status.kv_usage)
+
+    async def aclose(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            await client.aclose()
+
+    async def _status(self) -> Status:
+        try:
+            return await self._engine().status()
+        except EngineUnavailable as error:
+            raise _unavailable(error) from error
+        except EngineError as error:
+            raise ConnectFailed(error.message) from error
+
+    def _engine(self) -> EngineClient:
+        if self._client is None:
+            raise EngineUnavailable("the engine is not running")
+        return self._client
+
+    def _config(self) -> EngineConfig:
+        settings = self._settings
+        return EngineConfig(
+            model=str(self._folder()),
+            dtype=settings.dtype,
+            block_size=settings.block_size,
+            kv_cache_bytes=settings.kv_cache_bytes,
+            max_step_tokens=settings.max_step_tokens,
+            max_sequences=settings.max_sequences,
+            max_model_len=settings.max_model_len,
+            prefix_cache=settings.prefix_cache,
+            threads=settings.threads,
+        )
+
+    def _folder(self) -> Path:
+        path = Path(self._settings.path).expanduser()
+        pulled = self._context.data_dir.expanduser() / "models" / self._settings.path
+        for folder in (path, pulled):
+            if (folder / "config.json").is_file():
+                return folder.absolute()
+        raise ConfigError(
+            f"backends.{self._context.name}.path: no model at {path} nor at {pulled}; "
+            f"fetch it with `forebay model pull {path.name}`"
+        )
+
+
+def _command(request: GenerateRequest, attempt: Attempt) -> Generate:
+    """The engine's form of a request.
+
+    :raises BackendRefused: it asks for what the engine can't do.
+    """
+    _refuse_unsupported(request)
+    chat = request.endpoint == "chat"
+    return Generate(
+        messages=[_message(message) for message in request.messages] if chat else None,
+        prompts=[p if isinstance(p, str) else list(p) for p in request.prompts],
+        n=request.n,
+        sampling=_sampling(request.sampling),
+        fill_context=chat and request.sampling.max_tokens is None,
+        seed=request.sampling.seed,
+        salt=request.identity.tenant,
+        traceparent=attempt.headers.get("traceparent", ""),
+    )
+
+
+def _refuse_unsupported(request: GenerateRequest) -> None:
+    reasons = [
+        (request.echo, "echo", "echo of the prompt"),
+        (request.needs_tools, "tools", "tool calls"),
+        (request.needs_schema, "response_format", "structured answers"),
+        (request.needs_multimodal, "messages", "messages with parts other than text"),
+    ]
+    reasons += [(True, name, f"the field {name!r}") for name in request.extra]
+    for applies, param, what in reasons:
+        if applies:
+            raise BackendRefused(f"the native engine does not support {what}", param=param)
+
+
+def _message(message: Message) -> dict[str, Any]:
+    found: dict[str, Any] = {"role": message.role, "content": message.text()}
+    if message.name is not None:
+        found["name"] = message.name
+    if message.tool_calls is not None:
+        found["tool_calls"] = msgspec.json.decode(message.tool_calls)
+    if message.tool_call_id is not None:
+        found["tool_call_id"] = message.tool_call_id
+    return found
+
+
+def _sampling(sampling: Sampling) -> SamplingParams:
+    """What the client left open takes the engine's neutral value."""
+    asked = {
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": 0 if sampling.top_k == -1 else sampling.top_k,
+        "min_p": sampling.min_p,
+        "frequency_penalty": sampling.frequency_penalty,
+        "presence_penalty": sampling.presence_penalty,
+        "repetition_penalty": sampling.repetition_penalty,
+        "logprobs": sampling.logprobs,
+    }
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    return SamplingParams(
+        **{"max_tokens": _COMPLETION_TOKENS, **given},
+        stop=sampling.stop,
+        min_tokens=sampling.min_tokens,
+        ignore_eos=sampling.ignore_eos,
+    )
+
+
+def _event(event: Accepted | Output | Done) -> Event:
+    match event:
+        case Accepted():
+            return Started()
+        case Output():
+            return _delta(event)
+        case Done():
+            return Finished(
+                Usage(event.prompt_tokens, event.completion_tokens, event.cached_tokens),
+                Timings(event.queue, event.prefill, event.decode, "forebay_engine"),
+            )
+
+
+def _delta(output: Output) -> Delta:
+    reason: FinishReason | None = None
+    if output.finish_reason is not None:
+        reason = "length" if output.finish_reason == "length" else "stop"
+    return Delta(
+        index=output.index,
+        text=output.text,
+        finish_reason=reason,
+        token_ids=tuple(output.token_ids),
+        logprobs=tuple(
+            TokenLogprob(item.token, item.logprob, tuple(item.top)) for item in output.logprobs
+        ),
+    )
+
+
+def _param(error: RequestRefused, request: GenerateRequest) -> str | None:
+    """The field by the name under which this client sent it."""
+    if error.param == "max_tokens" and "max_completion_tokens" in request.fields:
+        return "max_completion_tokens"
+    return error.param
+
+
+def _unavailable(error: EngineUnavailable) -> BackendBusy | ConnectFailed:
+    if error.loading:
+        return BackendBusy(error.message, code="loading", retry_after=1.0)
+    return ConnectFailed(error.message)
+
+
+@hookimpl
+def adapters() -> Iterable[AdapterKind]:
+    return [
+        AdapterKind(
+            name="native",
+            settings=NativeSettings,
+            build=NativeAdapter,
+            summary="Forebay's own engine, in a process of its own on this machine",
+            provider="forebay",
+        )
+    ]

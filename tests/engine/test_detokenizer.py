@@ -1,0 +1,118 @@
+"""Text that is shown while it is written: never half a character, never a stop string."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from forebay_engine.detokenizer import Detokenizer, StopStrings
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+
+
+def byte_level() -> Tokenizer:
+    """As of GPT-2, Llama 3 and Qwen: every byte is a token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def byte_fallback() -> Tokenizer:
+    """As of Llama 2 and Gemma: some characters are tokens, the bytes of all others too."""
+    known = [*"▁abcdeé", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocab = {token: index for index, token in enumerate(known)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return tokenizer
+
+
+TOKENIZERS = {"byte_level": byte_level(), "byte_fallback": byte_fallback()}
+# Characters of one to four bytes, joined ones, spaces, and what decoders like to eat.
+texts = st.text(st.sampled_from("ab é€你😀\U0001f3f3\u200d▁\n"), max_size=12)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(prompt=texts, answer=texts)
+@example(prompt="😀😀", answer="😀 你")
+@example(prompt="a", answer=" b")
+def test_pieces_join_to_the_text_and_hold_whole_characters(
+    name: str, prompt: str, answer: str
+) -> None:
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer.encode(prompt + answer).ids
+    start = len(tokenizer.encode(prompt).ids)
+    detokenizer = Detokenizer(tokenizer.decode, ids[:start])
+    pieces = [detokenizer.push(token_id) for token_id in ids[start:]]
+    assert not any(BROKEN in piece for piece in pieces)
+    whole, shown = tokenizer.decode(ids), tokenizer.decode(ids[:start])
+    assert "".join(pieces) == whole[len(shown) :]
+
+
+def test_a_character_is_shown_with_its_last_byte() -> None:
+    tokenizer = TOKENIZERS["byte_level"]
+    detokenizer = Detokenizer(tokenizer.decode, [])
+    assert [detokenizer.push(i) for i in tokenizer.encode("€a").ids] == ["", "", "€", "a"]
+
+
+def test_bytes_that_never_become_a_character_do_not_hold_the_rest_back() -> None:
+    tokenizer = TOKENIZERS["byte_level"]
+    (lone,) = tokenizer.encode("€").ids[:1]
+    detokenizer = Detokenizer(tokenizer.decode, [])
+    pieces = [detokenizer.push(lone) for _ in range(12)]
+    pieces += [detokenizer.push(i) for i in tokenizer.encode("abcd").ids]
+    assert "".join(pieces[:4]) != ""
+    assert "".join(pieces).endswith("abcd")
+
+
+@settings(max_examples=300)
+@given(
+    text=st.text("abc", max_size=14),
+    stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3).map(tuple),
+    cuts=st.lists(st.integers(0, 14), max_size=6),
+)
+def test_text_ends_before_the_first_complete_stop_string_however_it_is_cut(
+    text: str, stops: tuple[str, ...], cuts: list[int]
+) -> None:
+    filter = StopStrings(stops)
+    edges = sorted({0, *(cut for cut in cuts if cut < len(text)), len(text)})
+    shown, stopped = "", False
+    for start, end in pairwise(edges):
+        piece, stopped = filter.push(text[start:end])
+        shown += piece
+        # Shown text is never taken back.
+        assert text.startswith(shown)
+        if stopped:
+            break
+    if not stopped:
+        shown += filter.flush()
+    ends = [
+        (end, end - len(stop))
+        for stop in stops
+        for end in range(len(stop), len(text) + 1)
+        if text[:end].endswith(stop)
+    ]
+    assert stopped == bool(ends)
+    assert shown == (text[: min(ends)[1]] if ends else text)
+
+
+def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
+    filter = StopStrings(("</end>",))
+    assert filter.push("a <b> </e") == ("a <b> ", False)
+    assert filter.push("m>") == ("</em>", False)
+    assert filter.push("x</end>y") == ("x", True)

@@ -1,0 +1,55 @@
+"""The engine's real process around a runner without a model: the prompt, repeated, is its answer.
+
+Run as a program in place of ``python -m forebay_engine.process``. ``FAKE_ENGINE`` in the
+environment chooses how it behaves; everything but the runner is the engine's own code.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from forebay_engine.config import EngineConfig
+from forebay_engine.process import main
+from forebay_engine.step import Row, Sampled, StepPlan, StepResult
+
+EOS = 1
+
+
+class EchoRunner:
+    """Token ``k`` of the answer is token ``k`` of the prompt; seconds ``pause`` a step."""
+
+    vocab_size = 261
+    max_model_len = 4096
+    eos_token_ids = frozenset({EOS})
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.block_size = config.block_size
+        self.num_blocks = config.num_blocks or 64
+        self.max_model_len = config.max_model_len or self.max_model_len
+        self.mode = os.environ.get("FAKE_ENGINE", "")
+        self.drawn = 0
+        if self.mode == "loading":
+            time.sleep(600)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        if self.mode == "slow":
+            time.sleep(0.02)
+        if self.mode == "dies" and self.drawn == 20:
+            # After what was sent has gone out.
+            time.sleep(0.2)
+            os._exit(1)
+        sampled = tuple(self.echo(row) for row in plan.rows if row.sample)
+        self.drawn += len(sampled)
+        return StepResult(sampled)
+
+    def echo(self, row: Row) -> Sampled:
+        token = row.token_ids[(len(row.token_ids) - row.num_prompt) % row.num_prompt]
+        if row.sampling.logprobs is None:
+            return Sampled(row.seq_id, token)
+        top = ((token, -0.25), (token + 1, -2.5))[: row.sampling.logprobs]
+        return Sampled(row.seq_id, token, -0.25, top)
+
+
+if __name__ == "__main__":
+    main(EchoRunner)
