@@ -12,6 +12,7 @@ from functools import partial
 from importlib.metadata import EntryPoint, distributions, entry_points
 from typing import TypeVar
 
+import msgspec
 import pluggy
 
 from forebay.api import (
@@ -132,6 +133,7 @@ class _Loading:
             seen.add(kind.name)
             if not (isinstance(kind.settings, type) and issubclass(kind.settings, settings)):
                 raise PluginError(f"the settings of {claim} must derive from {settings.__name__}")
+            contained(partial(msgspec.structs.fields, kind.settings))  # its types must be known
 
 
 def _items(hook: str, function: Callable[[], object]) -> list[object]:

@@ -84,6 +84,10 @@ class Options(PolicySettings, frozen=True):
     mode: str = "plain"
 
 
+class OfUnknownType(PolicySettings, frozen=True):
+    share: Unheard = 1  # type: ignore[name-defined] # noqa: F821 - the mistake that is tested
+
+
 class WithOptions(Chosen):
     def __init__(self, options: Options) -> None:
         if options.mode == "impossible":
@@ -209,6 +213,7 @@ def kind(**changes: Any) -> PolicyKind:
         ({"policies": lambda config: []}, "PluginValidationError"),
         ({"policies": lambda: [kind(), kind()]}, "the policy 'x' is offered twice"),
         ({"policies": lambda: [kind(settings=BackendSettings)]}, "must derive from PolicySettings"),
+        ({"policies": lambda: [kind(settings=OfUnknownType)]}, "'Unheard' is not defined"),
     ],
 )
 def test_wrong_hooks_are_named(hooks: dict[str, Any], reason: str) -> None:
