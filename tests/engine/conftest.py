@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -139,3 +140,90 @@ def demo_model() -> Path:
     if not (folder / "config.json").exists():
         pytest.fail(f"{folder} is not there: run `make model`, or set FOREBAY_DEMO_MODEL")
     return folder
+
+
+Tensors = dict[str, np.ndarray[Any, np.dtype[Any]]]
+
+GGUF_BYTES = [f"<0x{i:02X}>" for i in range(256)]
+GGUF_WHOLE = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "\n\n"]
+GGUF_PIECES = ["a", "b", "c", "▁", "▁b", "ab", "bc"]
+GGUF_SCORES = {"▁b": -1.0, "bc": -2.0, "ab": -3.0}
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf_tensors() -> Tensors:
+    """Values of a random Gemma 3 of 7 layers, by GGUF name."""
+    random = np.random.default_rng(1)
+    shapes = {
+        "attn_norm": (64,),
+        "attn_q": (128, 64),
+        "attn_k": (64, 64),
+        "attn_v": (64, 64),
+        "attn_q_norm": (32,),
+        "attn_k_norm": (32,),
+        "attn_output": (64, 128),
+        "post_attention_norm": (64,),
+        "ffn_norm": (64,),
+        "ffn_gate": (96, 64),
+        "ffn_up": (96, 64),
+        "ffn_down": (64, 96),
+        "post_ffw_norm": (64,),
+    }
+    vocab = len(GGUF_WHOLE) + len(GGUF_BYTES) + len(GGUF_PIECES)
+    all_shapes: dict[str, tuple[int, ...]] = {"token_embd": (vocab, 64), "output_norm": (64,)}
+    all_shapes |= {f"blk.{i}.{name}": shape for i in range(7) for name, shape in shapes.items()}
+    return {
+        f"{name}.weight": random.standard_normal(shape).astype(np.float32)
+        for name, shape in all_shapes.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def write_gguf() -> Callable[[Path, Tensors], Path]:
+    """``write_gguf(path, tensors)``: a Gemma 3 file with a small tokenizer; ffn_down as Q8_0."""
+    import gguf
+
+    def write(path: Path, tensors: Tensors) -> Path:
+        writer = gguf.GGUFWriter(path, "gemma3")
+        writer.add_context_length(256)
+        writer.add_embedding_length(64)
+        writer.add_block_count(7)
+        writer.add_feed_forward_length(96)
+        writer.add_head_count(4)
+        writer.add_head_count_kv(2)
+        writer.add_key_length(32)
+        writer.add_layer_norm_rms_eps(1e-6)
+        writer.add_rope_freq_base(1_000_000.0)
+        writer.add_sliding_window(16)
+        tokens = GGUF_WHOLE + GGUF_BYTES + GGUF_PIECES
+        writer.add_token_list(tokens)
+        writer.add_token_scores([GGUF_SCORES.get(token, -1000.0) for token in tokens])
+        kinds = {**dict.fromkeys(GGUF_WHOLE, 3), "\n\n": 4, **dict.fromkeys(GGUF_BYTES, 6)}
+        writer.add_token_types([kinds.get(token, 1) for token in tokens])
+        writer.add_pad_token_id(0)
+        writer.add_eos_token_id(1)
+        writer.add_bos_token_id(2)
+        writer.add_unk_token_id(3)
+        for name, values in tensors.items():
+            if "ffn_down" in name:
+                kind = gguf.GGMLQuantizationType.Q8_0
+                writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+            else:
+                writer.add_tensor(name, values)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_gguf_tensors: Tensors,
+    write_gguf: Callable[[Path, Tensors], Path],
+) -> Path:
+    """A small Gemma 3 GGUF file."""
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", tiny_gguf_tensors)
