@@ -75,10 +75,13 @@ class PrefixAffinity(Policy):
         self._settings = settings
 
     def score(self, request: GenerateRequest, snapshot: Snapshot) -> Sequence[Score]:
-        costs = [self._cost(view, snapshot.prompt_tokens) for view in snapshot.backends]
-        within = self._within(snapshot.backends)
+        busy = [_busy(view) for view in snapshot.backends]
+        costs = self._costs(snapshot, busy)
+        within = self._within(snapshot.backends, busy)
         least = min(cost for cost, ok in zip(costs, within, strict=True) if ok)
         scores = [least / cost for cost in costs]
+        if all(within):
+            return scores
         # Those over the bound share the room below the worst of the others, cheapest first.
         floor = min(score for score, ok in zip(scores, within, strict=True) if ok)
         cheapest = min(costs)
@@ -87,15 +90,21 @@ class PrefixAffinity(Policy):
             for score, cost, ok in zip(scores, costs, within, strict=True)
         ]
 
-    def _cost(self, view: BackendView, prompt_tokens: int) -> float:
-        a = self._settings.ttft_weight
-        uncached = max(1, prompt_tokens - view.prefix_tokens)
-        return (uncached * (_busy(view) + a) + a * view.queued_tokens) / view.weight
+    def _costs(self, snapshot: Snapshot, busy: Sequence[int]) -> list[float]:
+        a, prompt = self._settings.ttft_weight, snapshot.prompt_tokens
+        return [
+            (max(1, prompt - view.prefix_tokens) * (count + a) + a * view.queued_tokens)
+            / view.weight
+            for view, count in zip(snapshot.backends, busy, strict=True)
+        ]
 
-    def _within(self, backends: Sequence[BackendView]) -> list[bool]:
-        bound, slack = self._settings.bound, self._settings.slack
-        share = bound * (sum(map(_busy, backends)) + 1) / sum(b.weight for b in backends)
-        return [_busy(view) + 1 <= share * view.weight + slack for view in backends]
+    def _within(self, backends: Sequence[BackendView], busy: Sequence[int]) -> list[bool]:
+        share = self._settings.bound * (sum(busy) + 1) / sum(b.weight for b in backends)
+        slack = self._settings.slack
+        return [
+            count + 1 <= share * view.weight + slack
+            for view, count in zip(backends, busy, strict=True)
+        ]
 
 
 def _busy(view: BackendView) -> int:
