@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -75,21 +76,28 @@ def _wide_terminal_and_known_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Served:
-    """Stands in for the gateway: what ``forebay serve`` would have run."""
+    """Stands in for the gateway: what ``forebay serve`` would have run, with ports for 0."""
 
     def __init__(self) -> None:
         self.configs: list[Config] = []
 
-    def __call__(self, config: Config, registry: Registry) -> None:
+    def __call__(
+        self,
+        config: Config,
+        registry: Registry,
+        base_dir: Path,
+        on_ready: Callable[[int, int], None],
+    ) -> None:
         assert "native" in registry.adapters
         self.configs.append(config)
+        on_ready(config.listen.port or 45678, config.admin.port)
 
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Served:
-    app = ModuleType("forebay.app")
-    app.serve = served = Served()  # type: ignore[attr-defined] # a module made here
-    monkeypatch.setitem(sys.modules, "forebay.app", app)
+    server = ModuleType("forebay.server")
+    server.serve = served = Served()  # type: ignore[attr-defined] # a module made here
+    monkeypatch.setitem(sys.modules, "forebay.server", server)
     return served
 
 
@@ -272,7 +280,9 @@ def test_serve_takes_one_source_only(tmp_path: Path) -> None:
 def test_serve_without_a_file_pulls_and_serves_the_demo(
     tmp_path: Path, served: Served, pulls: Pulls
 ) -> None:
-    assert run("serve", "--port", "0").exit_code == 0
+    result = run("serve", "--port", "0")
+    assert result.exit_code == 0
+    assert "curl http://127.0.0.1:45678/v1/chat/completions" in result.stderr
     folder = tmp_path / ".cache/forebay/models/gemma-3-270m"
     ((*_, module, name, target),) = pulls.commands
     assert (module, name, target) == ("forebay_engine.pull", "gemma-3-270m", str(folder))
@@ -319,11 +329,13 @@ def test_serve_without_the_engine_says_what_to_install(
 
 def test_model_pull_prints_the_folder_and_list_what_is_there(tmp_path: Path, pulls: Pulls) -> None:
     folder = tmp_path / "data" / "models" / "gemma-3-270m"
-    result = run("model", "pull", "gemma-3-270m", "--data-dir", str(tmp_path / "data"))
+    data_dir = ("--data-dir", str(tmp_path / "data"))
+    assert "(none)" in run("model", "list", *data_dir).stdout
+    result = run("model", "pull", "gemma-3-270m", *data_dir)
     assert (result.exit_code, result.stdout) == (0, f"{folder}\n")
+    assert pulls.commands[-1][-2:] == ["gemma-3-270m", str(folder)]
     folder.mkdir(parents=True)
-    result = run("model", "list", "--data-dir", str(tmp_path / "data"))
-    assert result.stdout.split() == ["gemma-3-270m", str(folder)]
+    assert f"In {folder.parent}:\n  gemma-3-270m\n" in run("model", "list", *data_dir).stdout
     assert pulls.commands[-1][-1] == "--list"
 
 

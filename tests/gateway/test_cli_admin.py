@@ -156,7 +156,7 @@ def test_backends_are_a_table_and_a_sentence_each(admin: str) -> None:
     assert "llama serves gemma; chat, completions, logprobs; context 32,768; slots 4" in " ".join(
         result.output.split()
     )
-    assert line_with(result.output, "vllm-1 connect") == (
+    assert line_with(result.output, "vllm-1  connect") == (
         "vllm-1 connect_failed 3 times in a row; serves no model"
     )
     assert max(map(len, result.output.splitlines())) <= 100

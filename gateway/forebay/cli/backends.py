@@ -8,7 +8,7 @@ from rich.text import Text
 
 from forebay.api import Capabilities
 from forebay.cli.admin import admin_option, fetch, json_option
-from forebay.cli.output import console, figure, print_json, seconds, table
+from forebay.cli.output import console, facts, figure, print_json, seconds, table
 
 _COLOURS = {"healthy": "green", "starting": "yellow", "draining": "yellow"}
 
@@ -66,9 +66,8 @@ def backends(admin_url: str, as_json: bool) -> None:
             str(item.requests),
             str(item.failures),
         )
-    out.print(rows)
-    for item in fleet.backends:
-        out.print(Text.assemble((item.name, "bold"), " ", _sentence(item)))
+    sentences = facts((item.name, _sentence(item)) for item in fleet.backends)
+    out.print(rows, "", sentences, sep="\n")
 
 
 def _sentence(item: BackendStatus) -> str:

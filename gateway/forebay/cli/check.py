@@ -44,13 +44,14 @@ def _show(path: Path, config: Config) -> None:
     out.print(Text.assemble((f"{path}", "bold"), " is valid."))
     for line in warnings(config):
         out.print(Text(f"warning: {line}", style="yellow"))
-    if config.models:
-        out.print(_models(config))
-    if config.backends:
-        out.print(_backends(config))
-    out.print(_listeners(config))
-    if config.keys:
-        out.print(_keys(config))
+    for section, rows in (
+        (config.models, _models),
+        (config.backends, _backends),
+        (config.listen, _listeners),
+        (config.keys, _keys),
+    ):
+        if section:
+            out.print("", rows(config), sep="\n")
 
 
 def _models(config: Config) -> Table:

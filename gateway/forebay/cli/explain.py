@@ -13,7 +13,7 @@ from rich.text import Text
 from forebay.api import Candidate, Decision, Outcome
 from forebay.cli.admin import admin_option, fetch, json_option
 from forebay.cli.group import Failed
-from forebay.cli.output import console, figure, print_json, seconds, table
+from forebay.cli.output import console, facts, figure, print_json, seconds, table
 
 
 class Decisions(Struct):
@@ -56,7 +56,7 @@ def _last(admin_url: str) -> Decision:
 
 def _show(decision: Decision, out: Console) -> None:
     when = datetime.fromtimestamp(decision.time, UTC).astimezone()
-    facts = {
+    known = {
         "request": decision.request_id,
         "asked": f"{when:%Y-%m-%d %H:%M:%S}, {decision.endpoint}, model {decision.model}",
         "by": f"{decision.identity.key}, tenant {decision.identity.tenant}",
@@ -65,12 +65,10 @@ def _show(decision: Decision, out: Console) -> None:
         "outcome": "still in flight" if decision.outcome is None else _ending(decision.outcome),
     }
     if decision.trace_id:
-        facts["trace"] = decision.trace_id
-    for name, text in facts.items():
-        out.print(Text.assemble((f"{name:<10}", "bold"), text))
-    out.print(_candidates(decision))
+        known["trace"] = decision.trace_id
+    out.print(facts(known.items()), "", _candidates(decision), sep="\n")
     if decision.attempts:
-        out.print(_attempts(decision))
+        out.print("", _attempts(decision), sep="\n")
 
 
 def _verdict(decision: Decision) -> str:

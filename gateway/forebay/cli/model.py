@@ -65,8 +65,10 @@ def model() -> None:
 @click.argument("name")
 @data_dir_option
 def pull(name: str, data_dir: str) -> None:
-    """Fetch the model NAME, unless it is there already."""
-    click.echo(pulled(name, data_dir))
+    """Fetch the model NAME, unless it is there already, and print its folder."""
+    folder = models_folder(data_dir) / name
+    _run_engine_pull(name, str(folder))
+    click.echo(folder)
 
 
 @model.command("list")
@@ -75,6 +77,8 @@ def list_(data_dir: str) -> None:
     """Show the models that are there and those that can be fetched."""
     folder = models_folder(data_dir)
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    for name in there:
-        click.echo(f"{name}  {folder / name}")
+    click.echo(f"In {folder}:")
+    for name in there or ["(none)"]:
+        click.echo(f"  {name}")
+    click.echo("\nCan be fetched with `forebay model pull NAME`:")
     _run_engine_pull("--list")

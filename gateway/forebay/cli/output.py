@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 
 import click
 import msgspec
@@ -11,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["console", "figure", "print_json", "seconds", "table"]
+__all__ = ["console", "facts", "figure", "print_json", "seconds", "table"]
 
 #: Into a pipe or a file; wide enough that no cell of ours is cut.
 _PIPE_WIDTH = 160
@@ -29,6 +30,16 @@ def table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
     for name in columns:
         # `fold`: a long name is broken over lines, never cut.
         result.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
+    return result
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> Table:
+    """Names with a sentence each; long sentences stay in their column."""
+    result = Table.grid(padding=(0, 2))
+    result.add_column(style="bold", no_wrap=True)
+    result.add_column(overflow="fold")
+    for name, text in pairs:
+        result.add_row(name, text)
     return result
 
 

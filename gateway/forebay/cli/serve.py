@@ -50,22 +50,25 @@ def serve(
         config, registry = from_file(path, overrides=overrides, insecure=insecure)
     else:
         config, registry = demo(model, overrides=overrides, insecure=insecure)
-    click.echo(banner(config), err=True)
+
+    def announce(data_port: int, admin_port: int) -> None:
+        click.echo(banner(config, data_port, admin_port), err=True)
+
     # Imported last: it takes most of a second, and a wrong configuration is told without it.
-    from forebay.app import serve as run
+    from forebay.server import serve as run
 
-    run(config, registry)
+    run(config, registry, path.parent if path is not None else Path(), announce)
 
 
-def banner(config: Config) -> str:
+def banner(config: Config, data_port: int, admin_port: int) -> str:
     """What somebody who has just started it wants to know."""
-    endpoint = f"{_url(config.listen.host, config.listen.port)}/v1"
+    endpoint = f"{_url(config.listen.host, data_port)}/v1"
     lines = [
         "",
         f"  {click.style('Forebay', bold=True)}",
         f"  endpoint  {click.style(endpoint, fg='green')}",
         f"  models    {', '.join(config.models) or '(none)'}",
-        f"  admin     {_url(config.admin.host, config.admin.port)}",
+        f"  admin     {_url(config.admin.host, admin_port)}",
         *(click.style(f"  warning   {line}", fg="yellow") for line in warnings(config)),
         "",
     ]
@@ -75,9 +78,9 @@ def banner(config: Config) -> str:
 
 
 def _url(host: str, port: int) -> str:
-    """As a client on this machine would write it; port 0 is known only once it is bound."""
+    """As a client on this machine would write it."""
     name = "127.0.0.1" if host in _EVERY_ADDRESS else host
-    return f"http://{f'[{name}]' if ':' in name else name}:{port or '(see the log)'}"
+    return f"http://{f'[{name}]' if ':' in name else name}:{port}"
 
 
 def _try_it(endpoint: str, config: Config) -> list[str]:

@@ -158,9 +158,10 @@ class Reader:
         return [item for item in read if item is not INVALID]
 
     def _value(self, value: Any, kind: Any, path: str) -> Any:
+        # A number from the environment comes as text; one in the file must be a number.
+        strict = not isinstance(value, FromEnvironment)
         try:
-            # A number from the environment comes as text; one in the file must be a number.
-            read = msgspec.convert(value, kind, strict=not isinstance(value, FromEnvironment))
+            read = msgspec.convert(_ordinary(value), kind, strict=strict)
         except msgspec.ValidationError:
             return self._wrong(value, kind, path)
         if isinstance(read, float) and not math.isfinite(read):
@@ -175,6 +176,15 @@ class Reader:
     def _note(self, path: str, text: str) -> Any:
         self._problems.append(f"{path}: {text}")
         return INVALID
+
+
+def _ordinary(value: Any) -> Any:
+    """The same without :class:`FromEnvironment`, which no encoder knows."""
+    if isinstance(value, dict):
+        return {key: _ordinary(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_ordinary(inner) for inner in value]
+    return str(value) if isinstance(value, FromEnvironment) else value
 
 
 def _plain(kind: Any) -> Any:
