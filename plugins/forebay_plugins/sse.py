@@ -212,8 +212,6 @@ class Scanner:
             return b"", b""
         begin = min(match.start() for match in found.values())
         envelope = wanted = data[begin : max(match.end() for match in found.values())]
-        if b'"choices"' in envelope:
-            return b"", b""
         for name, match in found.items():
             value = msgspec.json.encode(self._constant[name])
             wanted = wanted.replace(match[0], match[0].removesuffix(match[2]) + value)
