@@ -120,6 +120,10 @@ def backend_parts(registry: Registry) -> Iterator[str]:
         yield f"### `adapter: {name}`{reached}\n"
         yield f"{sentence(kind.summary)}\n"
         yield table(kind.settings, beyond=base)
+        for field in msgspec.structs.fields(kind.settings):
+            if isinstance(field.type, type) and issubclass(field.type, Struct):
+                yield f"Keys of its `{field.encode_name}`:\n"
+                yield table(field.type)
 
 
 def policy_parts(registry: Registry) -> Iterator[str]:
@@ -199,7 +203,8 @@ def unit(field: FieldInfo, doc: str) -> str:
     if kind not in (int, float):
         return ""
     found = re.search(r"\b(seconds|bytes|tokens)\b", doc, re.IGNORECASE)
-    return found[1].lower() if found else ""
+    name = found[1].lower() if found else ""
+    return f"{name}/s" if name and " a second" in doc else name
 
 
 def sentence(text: str) -> str:
