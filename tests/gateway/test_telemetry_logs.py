@@ -58,6 +58,7 @@ def test_a_request_is_one_wide_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert line == {
         "level": "info",
         "event": "request done",
+        "logger": "forebay.request",
         "request_id": "req-1",
         "trace_id": "4bf92f3577b34da6a3ce929d0e0e4736",
         "endpoint": "chat",

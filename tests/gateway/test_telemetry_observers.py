@@ -84,6 +84,19 @@ async def test_all_are_told_in_order_and_then_closed() -> None:
     assert one.entries[-1] == "closed"
 
 
+async def test_closing_delivers_what_came_after_a_pause() -> None:
+    diary = Diary()
+    observers = Observers([diary])
+    observers.started(DECISION)
+    while not diary.entries:
+        await asyncio.sleep(0)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    observers.finished(DECISION)
+    await observers.aclose()
+    assert diary.entries == ["started", "finished", "closed"]
+
+
 async def test_one_that_always_raises_is_detached_after_ten_and_harms_nobody(
     log: list[MutableMapping[str, object]],
 ) -> None:

@@ -46,6 +46,7 @@ def configure(settings: Settings) -> None:
     render: Processor = _console() if settings.format == "console" else _json
     shared: list[Processor] = [
         merge_contextvars,
+        structlog.stdlib.add_logger_name,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
@@ -54,13 +55,13 @@ def configure(settings: Settings) -> None:
     structlog.configure(
         processors=[*shared, render],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=_Named,
         cache_logger_on_first_use=False,  # the logger of a module must follow a later configure
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
+            foreign_pre_chain=shared,
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, render],
         )
     )
@@ -116,6 +117,14 @@ def request_done(decision: Decision) -> None:
     )
 
 
+class _Named(structlog.WriteLogger):
+    """Writes to standard error, under the name that its module gave."""
+
+    def __init__(self, name: str = "forebay") -> None:
+        super().__init__(sys.stderr)
+        self.name = name
+
+
 def _withhold(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     for name in WITHHELD & event.keys():
         event[name] = "(withheld)"
@@ -133,7 +142,7 @@ def _json(_: WrappedLogger, __: str, event: MutableMapping[str, Any]) -> str:
 
 
 def _console() -> Processor:
-    # Plain tracebacks: the rich ones show local variables, which may hold prompts.
+    # format_exc_info has already made a traceback, one without local variables: they hold prompts.
     renderer = structlog.dev.ConsoleRenderer(
         colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
     )
