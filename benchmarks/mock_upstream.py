@@ -25,7 +25,7 @@ END = b"0\r\n\r\n"
 
 
 def _response(body: dict[str, Any]) -> bytes:
-    payload = json.dumps(body).encode()
+    payload = json.dumps(body, separators=(",", ":")).encode()
     head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
     return head % len(payload) + payload
 
@@ -39,7 +39,7 @@ def _event(delta: dict[str, str], finish_reason: str | None = None) -> bytes:
         "model": MODEL,
         "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}],
     }
-    return _http_chunk(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+    return _http_chunk(b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n")
 
 
 def _http_chunk(data: bytes) -> bytes:
