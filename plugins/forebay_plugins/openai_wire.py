@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -82,15 +83,17 @@ class OpenAIServer(Adapter):
                 yield finished
                 return
             scanner, chunks = Scanner(request), response.chunks()
-            async for chunk in chunks:
-                data = scanner.feed(chunk)
-                if data:
-                    yield Relayed(data, scanner.events)
-                if scanner.failure is not None:
-                    raise scanner.failure
-                if scanner.done:
-                    await _drain(chunks)
-                    break
+            # A cut is an end: the scanner knows whether all had been said by then.
+            with suppress(StreamTruncated):
+                async for chunk in chunks:
+                    data = scanner.feed(chunk)
+                    if data:
+                        yield Relayed(data, scanner.events)
+                    if scanner.failure is not None:
+                        raise scanner.failure
+                    if scanner.done:
+                        await _drain(chunks)
+                        break
             tail = scanner.end()
             if tail:
                 yield Relayed(tail)

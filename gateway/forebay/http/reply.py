@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from litestar.types import Send
 
-from forebay.api import ForebayError
+from forebay.api import BackendError, BackendRefused, BackendTimeout, ForebayError
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -17,14 +17,22 @@ JSON = (b"content-type", b"application/json")
 
 def error_object(error: ForebayError) -> dict[str, Any]:
     """``message, type, param, code``: the four that every OpenAI client reads."""
+    message = _public_message(error)
     return {
         "error": {
-            "message": f"{error.param}: {error.message}" if error.param else error.message,
+            "message": f"{error.param}: {message}" if error.param else message,
             "type": error.type,
             "param": error.param,
             "code": error.code,
         }
     }
+
+
+def _public_message(error: ForebayError) -> str:
+    """Where a backend stands and what it said in failing is the operator's affair, in the log."""
+    if isinstance(error, BackendError) and not isinstance(error, BackendRefused | BackendTimeout):
+        return f"no backend could serve the request ({error.kind}); the gateway's log says why"
+    return error.message
 
 
 def error_headers(error: ForebayError) -> Headers:
