@@ -8,7 +8,6 @@ from pathlib import Path
 
 from litestar.types import ASGIApp
 
-from forebay import transport
 from forebay.access import Access
 from forebay.admission import Admission
 from forebay.api import AdapterContext
@@ -26,6 +25,7 @@ from forebay.telemetry.decisions import DecisionStore
 from forebay.telemetry.metrics import FleetRow, Metrics
 from forebay.telemetry.observers import Observers
 from forebay.telemetry.tracing import Tracing
+from forebay.transport import connect
 
 
 class App:
@@ -103,7 +103,7 @@ def build_backends(
     for name, settings in config.backends.items():
         kind = registry.adapter(settings.adapter)
         context = AdapterContext(
-            name=name, connect=transport.connect, data_dir=data_dir, environment=environment
+            name=name, connect=connect, data_dir=data_dir, environment=environment
         )
         adapter = kind.build(settings, context)
         backends[name] = Backend(name, settings, kind, adapter, Health(config.health))

@@ -75,14 +75,14 @@ async def _run(app: App, data: socket.socket, admin: socket.socket, on_ready: Re
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    listeners = [
+    servers = [
         listener(app.data_asgi, app.config.drain_timeout),
         listener(app.admin_asgi, 1.0),
     ]
     await app.start()
     serving = [
-        asyncio.create_task(listener.serve(sockets=[bound]))
-        for listener, bound in zip(listeners, (data, admin), strict=True)
+        asyncio.create_task(server.serve(sockets=[bound]))
+        for server, bound in zip(servers, (data, admin), strict=True)
     ]
     log.info("serving", data=data.getsockname()[1], admin=admin.getsockname()[1])
     on_ready(data.getsockname()[1], admin.getsockname()[1])
@@ -91,8 +91,8 @@ async def _run(app: App, data: socket.socket, admin: socket.socket, on_ready: Re
     app.draining = True
     log.info("draining", seconds=app.config.drain_timeout)
     # The admin port goes last: until then it tells that we drain.
-    for listener, task in zip(listeners, serving, strict=True):
-        listener.should_exit = True
+    for server, task in zip(servers, serving, strict=True):
+        server.should_exit = True
         await task
     await app.aclose()
     stopped.cancel()
@@ -107,6 +107,7 @@ def listener(asgi: ASGIApp, grace: float) -> Listener:
             lifespan="off",
             ws="none",
             access_log=False,
+            proxy_headers=False,  # nothing here trusts what a proxy says of the client
             log_config=None,
             server_header=False,
             date_header=False,
