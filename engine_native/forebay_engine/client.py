@@ -146,11 +146,10 @@ class EngineClient:
     async def aclose(self) -> None:
         """End the process. Calling it twice is fine."""
         supervisor, self._supervisor = self._supervisor, None
-        self._state = EngineUnavailable("the engine has been stopped")
         if supervisor is not None:
             supervisor.cancel()
-            with suppress(asyncio.CancelledError):
-                await supervisor
+            await asyncio.wait([supervisor])
+            self._state = EngineUnavailable("the engine has been stopped")
 
     def _connected(self) -> _Connection:
         if self._connection is None:
@@ -164,17 +163,17 @@ class EngineClient:
         while True:
             begin = time.monotonic()
             # A directory of its own, for this user only; socket paths may have 107 bytes at most.
-            with tempfile.TemporaryDirectory(prefix="forebay-") as folder:
-                status = await self._run(Path(folder) / "engine")
+            try:
+                with tempfile.TemporaryDirectory(prefix="forebay-") as folder:
+                    status = await self._run(Path(folder) / "engine")
+            except OSError as error:
+                status, self._last_words = EXIT_REFUSED, str(error)
             if status == EXIT_REFUSED:
                 self._state = EngineUnavailable(f"the engine can't start: {self._last_words}")
                 return
             if time.monotonic() - begin > _SETTLED:
                 delay = first
             log.error("the engine ended with status %s, next start in %g s", status, delay)
-            self._state = EngineUnavailable(
-                f"the engine died with status {status} and is being restarted"
-            )
             await asyncio.sleep(delay)
             delay = min(2 * delay, longest)
 
@@ -205,6 +204,7 @@ class EngineClient:
         except (EngineError, msgspec.DecodeError) as error:
             log.error("the engine does not keep to the protocol: %s", error)
         finally:
+            self._state = EngineUnavailable("the engine died and is being restarted")
             if self._connection is not None:
                 self._connection.close()
                 self._connection = None

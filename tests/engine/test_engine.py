@@ -1,0 +1,308 @@
+"""The engine's loop around a runner that plays back tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forebay_engine.chat import ChatTemplate
+from forebay_engine.config import EngineConfig
+from forebay_engine.engine import Engine, Request
+from forebay_engine.errors import RequestRefused, StartRefused
+from forebay_engine.sequence import FinishReason, SamplingParams
+from forebay_engine.step import Sampled, StepPlan, StepResult
+from forebay_engine.tokenizer import Tokenizer
+from forebay_engine.wire import Accepted, Done, Event, Generate, Output
+
+MODEL = Path(__file__).parents[1] / "fakes" / "engine_model"
+EOS = 1
+TOKENIZER = Tokenizer.from_folder(MODEL)
+
+
+class Playback:
+    """Every sequence gets the tokens of one text, then EOS for ever."""
+
+    block_size = 4
+    vocab_size = 261
+    max_model_len = 512
+    eos_token_ids = frozenset({EOS})
+
+    def __init__(self, text: str, num_blocks: int = 64) -> None:
+        self.num_blocks = num_blocks
+        self.tokens = TOKENIZER.encode(text, special=False)
+        self.seeds: list[int] = []
+        #: Cleared by a test that wants a step to last.
+        self.go = threading.Event()
+        self.go.set()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        assert self.go.wait(20)
+        sampled = []
+        for row in plan.rows:
+            if row.sample:
+                at = len(row.token_ids) - row.num_prompt
+                token = self.tokens[at] if at < len(self.tokens) else EOS
+                if at == 0:
+                    self.seeds.append(row.sampling.seed)
+                wanted = row.sampling.logprobs
+                top = ((token, -0.5), (EOS, -1.5))[: wanted or 0]
+                sampled.append(Sampled(row.seq_id, token, None if wanted is None else -0.5, top))
+        return StepResult(tuple(sampled))
+
+
+@asynccontextmanager
+async def serving(
+    runner: Playback, ended: Callable[[Request], None] = lambda request: None
+) -> AsyncIterator[Engine]:
+    config = EngineConfig(model=str(MODEL), max_step_tokens=16, max_sequences=8)
+    engine = Engine(runner, TOKENIZER, ChatTemplate.from_folder(MODEL), config, ended)
+    task = asyncio.create_task(engine.run())
+    try:
+        yield engine
+        engine.scheduler.check()
+        assert engine.scheduler.pool.in_use == 0
+        assert not task.done(), task.exception()
+    finally:
+        runner.go.set()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def answer(engine: Engine, command: Generate) -> tuple[list[Output], Done]:
+    events: list[Event] = []
+    done = asyncio.Event()
+
+    def emit(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Done):
+            done.set()
+
+    await engine.submit(command, emit)
+    await done.wait()
+    first, *outputs, last = events
+    assert isinstance(first, Accepted)
+    assert isinstance(last, Done)
+    assert all(isinstance(output, Output) for output in outputs)
+    return [output for output in outputs if isinstance(output, Output)], last
+
+
+def command(prompt: str | list[int] = "Hi", n: int = 1, **sampling: Any) -> Generate:
+    sampling = {"max_tokens": 50, **sampling}
+    seed = sampling.pop("seed", None)
+    return Generate(prompts=[prompt], n=n, seed=seed, sampling=SamplingParams(**sampling))
+
+
+async def answer_to(text: str, **sampling: Any) -> tuple[str, FinishReason | None, Done]:
+    async with serving(Playback(text)) as engine:
+        outputs, done = await answer(engine, command(**sampling))
+    assert [output.finish_reason for output in outputs[:-1]] == [None] * (len(outputs) - 1)
+    token_ids = [token_id for output in outputs for token_id in output.token_ids]
+    assert len(token_ids) == done.completion_tokens
+    return "".join(output.text for output in outputs), outputs[-1].finish_reason, done
+
+
+async def test_an_answer_ends_before_its_end_token() -> None:
+    text, reason, done = await answer_to("Grüße 😀")
+    assert (text, reason) == ("Grüße 😀", FinishReason.STOP)
+    # <bos>, H, i; six letters with two bytes in two of them, a space, four bytes, <eos>.
+    assert (done.prompt_tokens, done.completion_tokens) == (3, 13)
+    assert min(done.queue, done.prefill, done.decode) >= 0
+
+
+async def test_an_answer_ends_at_its_length_and_not_within_a_character() -> None:
+    text, reason, done = await answer_to("ab😀", max_tokens=4)
+    assert (text, reason, done.completion_tokens) == ("ab", FinishReason.LENGTH, 4)
+
+
+async def test_text_that_was_held_back_comes_with_the_end() -> None:
+    text, reason, _ = await answer_to("one EN", stop=("END",))
+    assert (text, reason) == ("one EN", FinishReason.STOP)
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [(("END",), "one "), (("e", "END"), "on"), (("zzz",), "one END two")],
+)
+async def test_a_stop_string_ends_the_answer_and_is_no_part_of_it(
+    stop: tuple[str, ...], expected: str
+) -> None:
+    text, reason, done = await answer_to("one END two", stop=stop)
+    assert (text, reason) == (expected, FinishReason.STOP)
+    if expected == "one ":
+        # Nothing is generated beyond the stop string.
+        assert done.completion_tokens == len("one END")
+
+
+async def test_min_tokens_counts_before_stops() -> None:
+    text, _, done = await answer_to("abab", stop=("b",), min_tokens=3)
+    assert (text, done.completion_tokens) == ("aba", 4)
+    text, _, done = await answer_to("abc", min_tokens=6)
+    assert (text, done.completion_tokens) == ("abc", 6)
+
+
+async def test_ignore_eos_goes_on_to_the_length() -> None:
+    text, reason, done = await answer_to("abc", ignore_eos=True, max_tokens=9)
+    assert (text, reason, done.completion_tokens) == ("abc", FinishReason.LENGTH, 9)
+
+
+async def test_logprobs_name_their_tokens_and_lack_the_end_token() -> None:
+    async with serving(Playback("aé")) as engine:
+        outputs, _ = await answer(engine, command(logprobs=2))
+        plain, _ = await answer(engine, command())
+    found = [item for output in outputs for item in output.logprobs]
+    assert [item.token for item in found] == ["a", "\ufffd", "\ufffd"]
+    assert found[0].logprob == -0.5
+    assert found[0].top == [("a", -0.5), ("<eos>", -1.5)]
+    assert not any(output.logprobs for output in plain)
+
+
+async def test_choices_share_the_prompt_but_not_the_seed() -> None:
+    runner = Playback("ok")
+    async with serving(runner) as engine:
+        two = Generate(prompts=["one", "three"], n=2, seed=7, sampling=SamplingParams())
+        outputs, done = await answer(engine, two)
+        texts = dict.fromkeys(range(4), "")
+        for output in outputs:
+            texts[output.index] += output.text
+        assert texts == dict.fromkeys(range(4), "ok")
+        assert (done.prompt_tokens, done.completion_tokens) == (10, 12)
+        first, runner.seeds = runner.seeds, []
+        assert len(set(first)) == 4
+        await answer(engine, two)
+        assert sorted(runner.seeds) == sorted(first)
+        runner.seeds = []
+        await answer(engine, command(n=2))
+        await answer(engine, command(n=2))
+        assert len(set(runner.seeds)) == 4
+
+
+async def test_usage_tells_what_came_from_the_cache() -> None:
+    async with serving(Playback("ok")) as engine:
+        prompt = "a prompt of some length"
+        (_, first), (_, second) = [await answer(engine, command(prompt)) for _ in range(2)]
+        assert first.cached_tokens == 0
+        # All whole blocks but not the last token: 24 tokens are 6 blocks of 4.
+        assert (second.prompt_tokens, second.cached_tokens) == (24, 20)
+        salted = Generate(prompts=[prompt], salt="another tenant")
+        _, other = await answer(engine, salted)
+        assert other.cached_tokens == 0
+
+
+async def test_chat_is_templated_and_may_fill_the_context() -> None:
+    runner = Playback("Hello", num_blocks=16)
+    async with serving(runner) as engine:
+        messages = [{"role": "user", "content": "Hi"}]
+        chat = Generate(messages=messages, fill_context=True)
+        _, done = await answer(engine, chat)
+        assert done.prompt_tokens == len(
+            TOKENIZER.encode(
+                "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>assistant\n",
+                special=False,
+            )
+        )
+        assert engine.max_model_len == 64
+        endless = SamplingParams(ignore_eos=True)
+        _, done = await answer(
+            engine, Generate(messages=messages, fill_context=True, sampling=endless)
+        )
+        assert done.prompt_tokens + done.completion_tokens == 64
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param", "sentence"),
+    [
+        (Generate(prompts=[]), "prompt", "no prompt"),
+        (Generate(prompts=[[]]), "prompt", "empty"),
+        (Generate(prompts=[[261]]), "prompt", "token id 261 .* vocabulary of 261"),
+        (Generate(prompts=[[-1]]), "prompt", "token id -1"),
+        (Generate(prompts=["a"], n=0), "n", "at least 1"),
+        (Generate(messages=[]), "messages", "no messages"),
+        (Generate(messages=[{"role": "judge", "content": ""}]), "messages", "unknown role judge"),
+        (Generate(messages=[{"role": "user", "content": "x" * 300}]), "messages", "holds 256"),
+        (command("x" * 300), "prompt", "holds 256 tokens"),
+        (command(max_tokens=256), "max_tokens", "3 of prompt and 256"),
+        (command(temperature=-1.0), "temperature", "within 0 and inf"),
+        (command(temperature=float("nan")), "temperature", "nan"),
+        (command(top_p=0.0), "top_p", "greater"),
+        (command(top_k=-3), "top_k", "within"),
+        (command(frequency_penalty=3.0), "frequency_penalty", "-2 and 2"),
+        (command(repetition_penalty=0.0), "repetition_penalty", "greater"),
+        (command(logprobs=21), "logprobs", "0 and 20"),
+        (command(stop=("",)), "stop", "empty stop"),
+    ],
+)
+async def test_what_cannot_be_served_is_refused_by_name(
+    wrong: Generate, param: str, sentence: str
+) -> None:
+    async with serving(Playback("ok")) as engine:
+        with pytest.raises(RequestRefused, match=sentence) as refusal:
+            await engine.submit(wrong, lambda event: pytest.fail(f"sent {event}"))
+        assert refusal.value.param == param
+
+
+async def test_a_prompt_that_is_refused_takes_those_beside_it_along() -> None:
+    async with serving(Playback("ok")) as engine:
+        with pytest.raises(RequestRefused):
+            await engine.submit(Generate(prompts=["good", "x" * 300]), lambda event: None)
+        assert engine.scheduler.counters.admitted == engine.scheduler.waiting == 0
+
+
+async def test_an_abort_stops_all_choices_and_events_at_once() -> None:
+    ended: list[Request] = []
+    runner = Playback("a long answer that nobody waits for")
+    async with serving(runner, ended.append) as engine:
+        events: list[Event] = []
+        runner.go.clear()
+        request = await engine.submit(command(n=3), events.append)
+        while engine.scheduler.running == 0:
+            await asyncio.sleep(0.001)
+        # The step is running now: its blocks stay until it ends.
+        engine.abort(request)
+        engine.abort(request)
+        assert engine.scheduler.pool.in_use > 0
+        runner.go.set()
+        while engine.scheduler.pool.in_use:
+            await asyncio.sleep(0.001)
+        assert [type(event) for event in events] == [Accepted]
+        assert ended == [request]
+        assert engine.scheduler.counters.aborted == 3
+        _, done = await answer(engine, command())
+        assert done.completion_tokens == 36
+
+
+async def test_an_abort_in_the_middle_leaves_the_others_alone() -> None:
+    async with serving(Playback("some text")) as engine:
+        events: list[Event] = []
+        kept = asyncio.create_task(answer(engine, command(n=2)))
+        request = await engine.submit(command(), events.append)
+        while len(events) < 3:
+            await asyncio.sleep(0)
+        engine.abort(request)
+        seen = len(events)
+        outputs, _ = await kept
+        assert len(events) == seen
+        assert "".join(output.text for output in outputs if output.index == 0) == "some text"
+
+
+def test_a_context_beyond_the_cache_stops_the_start() -> None:
+    config = EngineConfig(model=str(MODEL), max_model_len=300)
+    with pytest.raises(StartRefused, match=r"max_model_len is 300, .* 256 tokens \(64 blocks of 4"):
+        Engine(Playback(""), TOKENIZER, None, config)
+
+
+async def test_a_model_without_template_serves_completions_only() -> None:
+    engine = Engine(Playback(""), TOKENIZER, None, EngineConfig(model=str(MODEL)))
+    with pytest.raises(RequestRefused, match="no chat template") as refusal:
+        await engine.submit(Generate(messages=[{"role": "user"}]), lambda event: None)
+    assert refusal.value.param == "messages"
+
+
+def test_a_model_without_tokenizer_stops_the_start(tmp_path: Path) -> None:
+    with pytest.raises(StartRefused, match=r"tokenizer\.json is missing"):
+        Tokenizer.from_folder(tmp_path)

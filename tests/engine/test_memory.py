@@ -1,0 +1,68 @@
+"""The sum that is made before a model is loaded, and what the process sets up for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from forebay_engine.config import EngineConfig
+from forebay_engine.errors import StartRefused
+from forebay_engine.memory import available_bytes, refuse_what_does_not_fit, weight_bytes
+from forebay_engine.process import load_runner, set_up_threads
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """2 MiB of bfloat16 weights in two files."""
+    for name in ("a", "b"):
+        tensors = {"w": torch.zeros(512, 1024, dtype=torch.bfloat16)}
+        save_file(tensors, tmp_path / f"{name}.safetensors", {"format": "pt"})
+    return tmp_path
+
+
+@pytest.mark.parametrize(("dtype", "mib"), [("auto", 2), ("bfloat16", 2), ("float32", 4)])
+def test_weights_are_counted_in_the_type_they_will_have(folder: Path, dtype: str, mib: int) -> None:
+    assert weight_bytes(folder, dtype) == mib * MIB
+
+
+def test_what_does_not_fit_is_refused_with_the_sum(folder: Path) -> None:
+    config = EngineConfig(model=str(folder), kv_cache_bytes=100 * MIB)
+    refuse_what_does_not_fit(config, available=502 * MIB)
+    with pytest.raises(
+        StartRefused,
+        match=r"2 MiB of weights \+ 100 MiB of KV cache \+ 400 MiB .* = 502 MiB, but 501 MiB are",
+    ):
+        refuse_what_does_not_fit(config, available=501 * MIB)
+
+
+def test_this_machine_has_some_memory() -> None:
+    available = available_bytes()
+    assert available is None or 0 < available < 1 << 50
+
+
+def test_a_model_that_is_none_stops_the_start(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(StartRefused, match=r"config\.json"):
+        load_runner(EngineConfig(model=str(tmp_path), kv_cache_bytes=MIB))
+
+
+def test_a_real_model_is_loaded_and_warm(tiny_checkpoint: Callable[[str], Path]) -> None:
+    config = EngineConfig(model=str(tiny_checkpoint("llama")), kv_cache_bytes=MIB, threads=1)
+    assert load_runner(config).vocab_size == 384
+
+
+def test_openmp_is_told_before_torch_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, "unset")
+    set_up_threads(3)
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+    set_up_threads(0)
+    assert int(os.environ["OMP_NUM_THREADS"]) >= 1

@@ -1,0 +1,129 @@
+"""The engine's greedy tokens are transformers', however the work is cut, cached or preempted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from forebay_engine.config import EngineConfig
+from forebay_engine.engine import Engine
+from forebay_engine.runner import Runner
+from forebay_engine.sequence import SamplingParams
+from forebay_engine.tokenizer import Tokenizer
+from forebay_engine.wire import Done, Event, Generate, Output
+
+ANSWER = 24
+#: Three share a prefix of 40 tokens; one is longer than a sliding window of 16.
+SHARED = [5 + (7 * i) % 370 for i in range(40)]
+PROMPTS = [[2, 17, 200], SHARED, [*SHARED, 9, 8, 7], [*SHARED, 9, 9], [300], SHARED[:33]]
+
+CUTS = {
+    "plain": {},
+    "token by token": {"max_step_tokens": 1, "max_sequences": 1},
+    "small chunks": {"max_step_tokens": 7},
+    "one a page": {"block_size": 1, "num_blocks": 600},
+    "odd pages": {"block_size": 5, "max_step_tokens": 23},
+    "no prefix cache": {"prefix_cache": False, "max_step_tokens": 16},
+    "two at once": {"max_sequences": 2},
+    # 67 tokens are the longest: 17 of 20 pages for one, so that the others must give way.
+    "preempted": {"block_size": 4, "num_blocks": 20},
+}
+
+
+async def answers(
+    runner: Runner, config: EngineConfig, prompts: list[list[int]], sampling: SamplingParams
+) -> tuple[list[list[int]], Engine]:
+    """The answers' tokens, all prompts at once, twice: the second time with a filled cache."""
+    engine = Engine(runner, Tokenizer.from_folder(Path(config.model)), None, config)
+    stepping = asyncio.create_task(engine.run())
+    first, second = [await _round(engine, stepping, prompts, sampling) for _ in range(2)]
+    assert first == second
+    stepping.cancel()
+    await asyncio.gather(stepping, return_exceptions=True)
+    engine.scheduler.check()
+    assert engine.scheduler.pool.in_use == 0
+    return first, engine
+
+
+async def _round(
+    engine: Engine, stepping: asyncio.Task[None], prompts: list[list[int]], sampling: SamplingParams
+) -> list[list[int]]:
+    found: list[list[int]] = [[] for _ in prompts]
+    done = asyncio.Event()
+
+    def emit(event: Event) -> None:
+        if isinstance(event, Output):
+            found[event.index] += event.token_ids
+        if isinstance(event, Done):
+            done.set()
+
+    await engine.submit(Generate(prompts=list(prompts), seed=11, sampling=sampling), emit)
+    ended = asyncio.create_task(done.wait())
+    await asyncio.wait([stepping, ended], return_when=asyncio.FIRST_COMPLETED)
+    if stepping.done():
+        stepping.result()
+    return found
+
+
+def greedy_by_transformers(folder: Path) -> list[list[int]]:
+    import transformers as hf
+
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return [
+        model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=ANSWER,
+            min_new_tokens=ANSWER,
+            do_sample=False,
+        )[0, len(prompt) :].tolist()
+        for prompt in PROMPTS
+    ]
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def reference(
+    request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path]
+) -> tuple[Path, list[list[int]]]:
+    folder = tiny_checkpoint(request.param)
+    return folder, greedy_by_transformers(folder)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+async def test_greedy_tokens_are_those_of_transformers(
+    reference: tuple[Path, list[list[int]]], cut: str
+) -> None:
+    folder, expected = reference
+    config = replace(
+        EngineConfig(model=str(folder), dtype="float32", kv_cache_bytes=4 << 20, threads=1),
+        **CUTS[cut],  # type: ignore[arg-type] # one value may be of each field's type
+    )
+    # min_tokens keeps the end token away, as min_new_tokens does there.
+    sampling = SamplingParams(temperature=0.0, max_tokens=ANSWER, min_tokens=ANSWER)
+    runner = Runner(config)
+    found, engine = await answers(runner, config, PROMPTS, sampling)
+    assert found == expected
+    counters = engine.scheduler.counters
+    assert (counters.preempted > 0) == (cut == "preempted")
+    assert (counters.cached_tokens > 0) == config.prefix_cache
+
+
+async def test_a_drawn_text_does_not_depend_on_its_neighbours(
+    tiny_checkpoint: Callable[[str], Path],
+) -> None:
+    config = EngineConfig(
+        model=str(tiny_checkpoint("qwen3")), dtype="float32", kv_cache_bytes=4 << 20, threads=1
+    )
+    sampling = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=ANSWER, ignore_eos=True)
+    runner = Runner(config)
+    together, _ = await answers(runner, config, PROMPTS, sampling)
+    (alone,), _ = await answers(runner, config, PROMPTS[:1], sampling)
+    assert together[0] == alone
+    small = replace(config, max_step_tokens=3)
+    cut, _ = await answers(runner, small, PROMPTS, sampling)
+    assert cut == together
