@@ -31,7 +31,8 @@ from forebay.config import Limits
 from forebay.dispatch import Dispatch, Flight
 from forebay.http.encode import DONE, Answer, ChunkEncoder
 from forebay.http.intake import ClientLeft, read_body, read_headers, request_id
-from forebay.http.reply import Headers, error_object, send_body, send_error
+from forebay.http.reply import Headers, error_object, internal_error, send_body, send_error
+from forebay.telemetry import logs
 from forebay.telemetry.tracing import RequestTrace, Tracing
 
 log = structlog.get_logger("forebay.http")
@@ -67,26 +68,35 @@ class Generate:
         self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        identity_headers: Headers = []
+        answer_headers: Headers = []
         trace: RequestTrace | None = None
         try:
             headers = read_headers(scope["headers"], self._limits.header_bytes)
             rid = request_id(headers)
-            identity_headers.append((b"x-request-id", rid.encode()))
-            identity = self._access.identify(headers)
+            answer_headers.append((b"x-request-id", rid.encode()))
             trace = self._tracing.request(self._route, "POST", headers)
+            logs.in_request(rid, trace.trace_id)
+            identity = self._access.identify(headers)
             body = await read_body(receive, headers, self._limits.body_bytes)
             arrived = time.perf_counter()
             request = self._decode(body, self._limits, rid, int(time.time()), identity)
             flight = self._dispatch.flight(request, trace, arrived)
         except ForebayError as error:
-            if not isinstance(error, ClientLeft):
-                await send_error(send, error, identity_headers)
-            self._dispatch.recorder.refused(self._endpoint, error.kind)
-            if trace is not None:
-                trace.end(error.status, None, error.kind)
-            return
-        await Exchange(flight, trace, send, identity_headers).run(receive)
+            await self._refuse(error, send, answer_headers, trace)
+        except Exception:
+            log.exception("reading a request failed")
+            await self._refuse(internal_error(), send, answer_headers, trace)
+        else:
+            await Exchange(flight, trace, send, answer_headers).run(receive)
+
+    async def _refuse(
+        self, error: ForebayError, send: Send, headers: Headers, trace: RequestTrace | None
+    ) -> None:
+        if not isinstance(error, ClientLeft):
+            await send_error(send, error, headers)
+        self._dispatch.recorder.refused(self._endpoint, error.kind)
+        if trace is not None:
+            trace.end(error.status, None, error.kind)
 
 
 class Exchange:
@@ -120,7 +130,7 @@ class Exchange:
         except Exception as bug:
             error = bug
             log.exception("request failed", request_id=self._flight.request.id)
-            await self._fail(ForebayError("an error inside the gateway; see its log"))
+            await self._fail(internal_error())
         finally:
             leaving.cancel()
             decision = await self._flight.close(self._status, error)

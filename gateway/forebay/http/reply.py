@@ -35,6 +35,11 @@ def _public_message(error: ForebayError) -> str:
     return error.message
 
 
+def internal_error() -> ForebayError:
+    """What a client is told of a bug: nothing but where it is written down."""
+    return ForebayError("an error inside the gateway; its log says more under the request id")
+
+
 def error_headers(error: ForebayError) -> Headers:
     """``retry-after`` where it helps: whole seconds, and milliseconds for those who read them."""
     if error.retry_after is None:
