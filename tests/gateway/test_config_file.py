@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from msgspec import Meta
 
 from forebay.access import hash_of
@@ -20,8 +24,22 @@ from forebay.api import (
     Timeouts,
     hookimpl,
 )
-from forebay.config import Config, Share
+from forebay.config import (
+    Admin,
+    Config,
+    Health,
+    Key,
+    Limits,
+    Listen,
+    Logging,
+    Model,
+    Plugins,
+    Section,
+    Share,
+    Tracing,
+)
 from forebay.config_file import InvalidConfig, build, load, parse, read_tree, warnings
+from forebay.config_file.reader import Reader
 from forebay.loader import Registry, load_plugins
 
 
@@ -274,3 +292,83 @@ def test_warnings_name_what_is_probably_not_meant() -> None:
         "models: there is none, so every request will be answered with 404",
     ]
     assert warnings(read(GOOD)) == []
+
+
+def _keys_of(*kinds: type[msgspec.Struct]) -> list[str]:
+    return sorted({field.name for kind in kinds for field in msgspec.structs.fields(kind)})
+
+
+SECTIONS: list[type[Section]] = [
+    Model,
+    Share,
+    Listen,
+    Admin,
+    Health,
+    Limits,
+    Key,
+    Tracing,
+    Logging,
+    Plugins,
+]
+KEYS = st.sampled_from(_keys_of(Config, LlamaSettings, NativeSettings, Timeouts, *SECTIONS))
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-1, 70_000),
+    st.floats(),
+    st.sampled_from(["", "llamacpp", "native", "b", "http://h:1", "${A}", "$${", "${", "x y"]),
+    st.dates(),
+)
+TREES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.one_of(KEYS, st.just("b"), st.integers(0, 2)), inner, max_size=4),
+    ),
+    max_leaves=25,
+)
+
+
+# The fixture only empties a list, so it need not be renewed for each example.
+_EXAMPLES = settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@_EXAMPLES
+@given(st.dictionaries(st.sampled_from(_keys_of(Config)), TREES, max_size=6))
+def test_no_data_does_worse_than_a_list_of_problems(tree: dict[str, Any]) -> None:
+    found = _problems_of(tree)
+    assert all(re.match(r"[a-z_0-9.\[\]\"' ]+: .", line) for line in found)
+    assert not any("\n" in line for line in found)
+
+
+def _problems_of(tree: dict[str, Any]) -> tuple[str, ...]:
+    try:
+        build(tree, registry(), environ={"A": "1"}, base=Path("/"), insecure=True)
+    except InvalidConfig as error:
+        return error.problems
+    return ()
+
+
+@_EXAMPLES
+@given(st.sampled_from(SECTIONS), st.data())
+def test_the_reader_accepts_what_msgspec_accepts(kind: type[Section], data: st.DataObject) -> None:
+    values = st.one_of(SCALARS, st.lists(SCALARS, max_size=2), st.floats(0, 1), st.just("info"))
+    tree = data.draw(st.dictionaries(st.sampled_from(_keys_of(kind)), values, max_size=2))
+    # That a number must be finite is our own rule.
+    tree = {key: 1.5 if value in (math.inf, -math.inf) else value for key, value in tree.items()}
+    problems: list[str] = []
+    read = Reader(registry(), problems).read(tree, kind, "section")
+    try:
+        expected = msgspec.convert(tree, kind)
+    except msgspec.ValidationError:
+        assert problems
+    else:
+        assert (read, problems) == (expected, [])
+
+
+def test_what_was_read_is_read_again_as_the_same() -> None:
+    config = read(GOOD.replace("[native, llama]", "{llama: {weight: 2}, native: {}}"))
+    tree = msgspec.to_builtins(config)
+    assert build(tree, registry(), environ={}, base=Path("/elsewhere")) == config

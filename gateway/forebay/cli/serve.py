@@ -88,10 +88,10 @@ def _try_it(endpoint: str, config: Config) -> list[str]:
         "model": next(iter(config.models)),
         "messages": [{"role": "user", "content": "Why is the sky blue?"}],
     }
-    key = ["    -H 'authorization: Bearer YOUR_KEY' \\"] if config.keys else []
+    key = ["      -H 'authorization: Bearer YOUR_KEY' \\"] if config.keys else []
     text = json.dumps(body).replace("'", "'\\''")
     return [
         f"    curl {endpoint}/chat/completions -H 'content-type: application/json' \\",
         *key,
-        f"    -d '{text}'",
+        f"      -d '{text}'",
     ]
