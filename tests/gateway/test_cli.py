@@ -75,6 +75,16 @@ def _wide_terminal_and_known_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forebay.cli.configured, "load_plugins", _stand_ins)
 
 
+@pytest.fixture(autouse=True)
+def _no_port_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If `serve` ever gets past the stand-in below, it must fail here and not bind 0.0.0.0."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("the command line's tests open no port")
+
+    monkeypatch.setattr("socket.create_server", refused)
+
+
 class Served:
     """Stands in for the gateway: what ``forebay serve`` would have run, with ports for 0."""
 
