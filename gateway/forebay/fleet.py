@@ -12,6 +12,7 @@ from msgspec import structs
 from forebay.api import (
     Adapter,
     AdapterKind,
+    BackendBusy,
     BackendError,
     BackendSettings,
     BackendView,
@@ -188,7 +189,8 @@ class Fleet:
         except TimeoutError:
             backend.health.probe_failed(f"no answer to the probe within {timeout:g} s")
         except BackendError as error:
-            backend.health.probe_failed(error.message)
+            loading = isinstance(error, BackendBusy)
+            backend.health.probe_failed(error.message, loading=loading)
         except Exception as error:  # a plugin's bug must not end the probing
             log.exception("probe raised", backend=backend.name)
             backend.health.probe_failed(f"the adapter's probe raised {error!r}")

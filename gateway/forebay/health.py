@@ -21,6 +21,7 @@ class Health:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._probed = False
+        self._loading = False
         self._probe_failures = 0
         self._failures = 0
         self._ejections = 0
@@ -35,7 +36,7 @@ class Health:
         if self.draining:
             return "draining"
         if not self._probed:
-            return "starting" if self._probe_failures == 0 else "unhealthy"
+            return "starting" if self._loading or not self._probe_failures else "unhealthy"
         if self._probe_failures >= self._settings.probe_failures:
             return "unhealthy"
         if self._ejections and (now < self._ejected_until or self._trial):
@@ -52,7 +53,9 @@ class Health:
         if not self._ejections:
             self.reason = None
 
-    def probe_failed(self, reason: str) -> None:
+    def probe_failed(self, reason: str, *, loading: bool = False) -> None:
+        """``loading``: it answered that it is not ready yet."""
+        self._loading = loading
         self._probe_failures += 1
         self.reason = reason
 
