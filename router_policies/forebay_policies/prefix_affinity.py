@@ -19,10 +19,16 @@ Bound
 
     B + 1 > bound * share + slack,  share = weight / all weights * (all B + 1)
 
-    ``bound`` is the usual 1.25 of consistent hashing with bounded loads (Mirrokni, Thorup,
-    Zadimoghaddam 2016). ``slack`` keeps affinity alive where shares are small: in an idle fleet of
-    eight the bound alone would let no backend have a second request. Somebody is always within the
-    bound, because the least loaded has B below its share and ``slack`` is at least 1.
+    This is consistent hashing's bounded load (Mirrokni, Thorup, Zadimoghaddam 2016) with two
+    changes. ``slack`` keeps affinity alive where shares are small: in an idle fleet of eight a bare
+    bound would let no backend have a second request. And both are wide: the cost already minds the
+    load, the bound is for the hot prefix that it misses, and whoever is sent away loses his cache.
+    With the Mooncake synthetic trace on five simulated, saturated engines, 54 % of the requests met
+    their latency goal without a bound, 51 % with 1.5 and 8, 44 % with 1.25 and 8, 33 % with 1.25
+    and 1. Below saturation the first three were equal.
+
+    Somebody is always within the bound: the least loaded has B below its share, and ``slack`` is at
+    least 1.
 
 Intent
     The default: a follow-up of a conversation goes where its history is cached, unless the wait
@@ -60,7 +66,7 @@ class Settings(PolicySettings, frozen=True):
     """How much the request's own first token counts against the answers it holds up, above 0.
 
     The default did best over recorded conversations; 4 trades a little of the mean for the tail."""
-    bound: Annotated[float, Meta(ge=1)] = 1.25
+    bound: Annotated[float, Meta(ge=1)] = 1.5
     """Times its fair share of the requests in flight that a backend may have, at least 1."""
     slack: Annotated[int, Meta(ge=1)] = 8
     """Requests it may have on top of that, at least 1; a very great number lifts the bound."""

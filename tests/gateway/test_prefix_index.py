@@ -312,8 +312,8 @@ def test_a_backend_that_caches_nothing_is_soon_not_believed() -> None:
         index.insert(key, "a")
         index.learn(key, "a", usage(1600, cached=0), predicted)
     assert predictions[1] == 1600
-    assert predictions[-1] == 0
-    assert index.blocks("a") == 0
+    assert predictions[-1] < 1600 / 10
+    assert index.blocks("a") < 10
 
 
 def test_it_is_believed_again_when_it_caches() -> None:

@@ -94,7 +94,7 @@ def test_a_hot_prefix_does_not_pile_up_on_one_backend() -> None:
         chosen = scores.index(max(scores))
         in_flight[chosen] += 1
         holds[chosen] = True
-        assert max(in_flight) <= 1.25 * (sum(in_flight) / 2) + 8
+        assert max(in_flight) <= 1.5 * (sum(in_flight) / 2) + 8
     assert min(in_flight) >= 22
 
 
@@ -116,8 +116,8 @@ def test_those_over_the_bound_come_last_but_in_order() -> None:
 
 def test_the_bound_goes_by_weight() -> None:
     columns: dict[str, Any] = {"prompt_tokens": 10_000, "prefix_tokens": [9_990, 0]}
-    assert best(in_flight=[40, 10], weight=[4.0, 1.0], **columns) == 0
-    assert best(in_flight=[40, 10], weight=[1.0, 1.0], **columns) == 1
+    assert best(in_flight=[80, 10], weight=[4.0, 1.0], **columns) == 0
+    assert best(in_flight=[80, 10], weight=[1.0, 1.0], **columns) == 1
 
 
 @settings(deadline=None, max_examples=100)
