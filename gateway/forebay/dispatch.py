@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
 
 import structlog
 from msgspec import structs
@@ -369,8 +368,7 @@ class _Try:
         self._dequeue()
         self.backend.in_flight -= 1
         if isinstance(self.events, AsyncGenerator):
-            async with aclosing(self.events):
-                pass
+            await self.events.aclose()
 
 
 class Dispatch:

@@ -29,8 +29,8 @@ class Watchdog:
         self._due = inf
         self._phase = ""
         self._seconds = 0.0
+        # Armed by the first wait: until then the request is queued, which has a timeout of its own.
         self._timer: asyncio.TimerHandle | None = None
-        self._arm(self._end)
         #: Set once it has cancelled the task.
         self.expired: BackendTimeout | None = None
 

@@ -33,7 +33,7 @@ class BackendSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
     adapter: str
     """Name of the adapter kind, as `forebay plugins` lists them."""
     max_in_flight: Annotated[int, Meta(ge=0)] = 0
-    """Requests sent to this backend at once; 0: what the backend itself reports as its slots, or no limit."""
+    """Requests sent to this backend at once; 0: as many as it reports slots, or no limit."""
     probe_interval: Annotated[float, Meta(gt=0)] = 5.0
     """Seconds between two health probes."""
     probe_timeout: Annotated[float, Meta(gt=0)] = 3.0
@@ -100,7 +100,7 @@ class AdapterContext(Struct, frozen=True, kw_only=True):
 class Adapter(ABC):
     """One backend. Built without side effects; ``start`` is where work begins."""
 
-    async def start(self) -> None:
+    async def start(self) -> None:  # noqa: B027 - a default, to be overridden where there is work
         """Begin: spawn a process, open what must stay open. Called once, before any probe.
 
         Must not wait for a slow backend to be ready: a probe will tell when it is.
@@ -130,7 +130,7 @@ class Adapter(ABC):
         """Read the backend's own load figures; None if it has none."""
         return None
 
-    async def aclose(self) -> None:
+    async def aclose(self) -> None:  # noqa: B027 - a default, to be overridden where there is work
         """End: close connections, stop processes. Calling it twice is fine."""
 
 

@@ -85,7 +85,7 @@ class PluginError(ForebayError):
 
 
 class RequestError(ForebayError):
-    """The request is refused; ``param`` names the field, the message says what would be accepted."""
+    """The request is refused; ``param`` names the field, the message says what is accepted."""
 
     kind = "invalid_request"
     status = 400
@@ -154,7 +154,7 @@ class StaleConnection(BackendError):
 
 
 class BackendRefused(BackendError):
-    """A 4xx of the backend, passed through: the request is at fault, elsewhere it would be again."""
+    """A 4xx of the backend, passed through: elsewhere the request would be at fault as well."""
 
     kind = "backend_refused"
     type = "invalid_request_error"
@@ -186,7 +186,7 @@ class BackendFailed(BackendError):
 
 
 class BackendTimeout(BackendError):
-    """``phase`` is ``first_token``, ``inter_token`` or ``total``; the code is ``<phase>_timeout``."""
+    """``phase``: ``first_token``, ``inter_token`` or ``total``; the code: ``<phase>_timeout``."""
 
     kind = "backend_timeout"
     status = 504

@@ -91,9 +91,7 @@ class Policy(ABC):
         ``snapshot.seed``. All backends in the snapshot are healthy and have room.
         """
 
-    def propensity(
-        self, request: GenerateRequest, snapshot: Snapshot
-    ) -> Sequence[float] | None:
+    def propensity(self, request: GenerateRequest, snapshot: Snapshot) -> Sequence[float] | None:
         """Over all seeds, the probability of each backend to win; needed by policies that draw.
 
         None (the default): ``score`` does not depend on the seed, ties are drawn evenly.

@@ -88,9 +88,12 @@ def request_done(decision: Decision) -> None:
     outcome = decision.outcome
     if outcome is None:
         raise ValueError(f"request {decision.request_id} has no outcome yet")
+    level = _LEVELS.get(outcome.result, logging.WARNING)
+    if not logging.root.isEnabledFor(level):  # else the fields are gathered for nothing
+        return
     usage = outcome.usage
     log.log(
-        _LEVELS.get(outcome.result, logging.WARNING),
+        level,
         "request done",
         request_id=decision.request_id,
         trace_id=decision.trace_id,
