@@ -85,6 +85,7 @@ class EngineClient:
         self._environment = dict(environment)
         self._command = list(command)
         self._supervisor: asyncio.Task[None] | None = None
+        self._stop = asyncio.Event()
         self._connection: _Connection | None = None
         self._last_words = ""
         self._state = EngineUnavailable("the engine has not been started")
@@ -145,10 +146,12 @@ class EngineClient:
 
     async def aclose(self) -> None:
         """End the process. Calling it twice is fine."""
-        supervisor, self._supervisor = self._supervisor, None
-        if supervisor is not None:
-            supervisor.cancel()
-            await asyncio.wait([supervisor])
+        # Not by cancelling: the process must be ended in every case.
+        self._stop.set()
+        if self._connection is not None:
+            self._connection.close()
+        if self._supervisor is not None:
+            await self._supervisor
             self._state = EngineUnavailable("the engine has been stopped")
 
     def _connected(self) -> _Connection:
@@ -160,7 +163,7 @@ class EngineClient:
         """Keep a process running until told to stop, or until it says that it can't start."""
         first, longest = _BACKOFF
         delay = first
-        while True:
+        while not self._stop.is_set():
             begin = time.monotonic()
             # A directory of its own, for this user only; socket paths may have 107 bytes at most.
             try:
@@ -173,8 +176,10 @@ class EngineClient:
                 return
             if time.monotonic() - begin > _SETTLED:
                 delay = first
-            log.error("the engine ended with status %s, next start in %g s", status, delay)
-            await asyncio.sleep(delay)
+            if not self._stop.is_set():
+                log.error("the engine ended with status %s, next start in %g s", status, delay)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), delay)
             delay = min(2 * delay, longest)
 
     async def _run(self, socket: Path) -> int:
@@ -196,7 +201,7 @@ class EngineClient:
             raise EngineError("the process has no standard error")
         words = asyncio.create_task(self._listen(process.stderr))
         try:
-            reader, writer = await _connect(process, socket)
+            reader, writer = await self._connect(process, socket)
             self._connection = _Connection(writer, process.pid)
             await self._connection.read(reader)
         except ConnectionError as error:
@@ -211,6 +216,17 @@ class EngineClient:
             await _end(process)
             await words
         return process.returncode if process.returncode is not None else -1
+
+    async def _connect(
+        self, process: asyncio.subprocess.Process, socket: Path
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """:raises ConnectionError: the process ended before it listened, or is not wanted."""
+        while process.returncode is None and not self._stop.is_set():
+            try:
+                return await asyncio.open_unix_connection(str(socket))
+            except (FileNotFoundError, ConnectionRefusedError):
+                await asyncio.sleep(_CONNECT_INTERVAL)
+        raise ConnectionError("the process ended before it listened")
 
     async def _listen(self, stderr: asyncio.StreamReader) -> None:
         """Pass the process's own log on, line by line."""
@@ -271,18 +287,6 @@ def _arguments(config: EngineConfig) -> list[str]:
         else:
             arguments.append(f"--{name}={value}")
     return arguments
-
-
-async def _connect(
-    process: asyncio.subprocess.Process, socket: Path
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """:raises ConnectionError: the process ended before it listened."""
-    while process.returncode is None:
-        try:
-            return await asyncio.open_unix_connection(str(socket))
-        except (FileNotFoundError, ConnectionRefusedError):
-            await asyncio.sleep(_CONNECT_INTERVAL)
-    raise ConnectionError("the process ended before it listened")
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

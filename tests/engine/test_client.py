@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -80,14 +79,16 @@ async def anext_forever(events: AsyncIterator[object]) -> None:
         pass
 
 
-async def failure(client: EngineClient) -> EngineUnavailable:
-    """Why there is no engine, once that is not only because it is starting."""
+async def verdict(client: EngineClient) -> str:
+    """Why there will be no engine, once the client has given up."""
     while True:
         try:
             await client.status()
+        except EngineDied:
+            pass
         except EngineUnavailable as error:
-            if not error.loading:
-                return error
+            if "can't start" in error.message:
+                return error.message
         await asyncio.sleep(0.01)
 
 
@@ -187,7 +188,14 @@ async def test_while_it_loads_it_says_so() -> None:
 
 async def test_a_start_that_cannot_succeed_is_not_tried_again(tmp_path: Path) -> None:
     async with engine(model=tmp_path) as client:
-        assert re.search(r"can't start: .*no config\.json", (await failure(client)).message)
+        assert "there is no config.json in it" in await verdict(client)
+
+
+async def test_a_command_that_is_none_is_not_tried_again() -> None:
+    client = EngineClient(EngineConfig(model=str(MODEL)), command=["/no/such/program"])
+    await client.start()
+    assert "/no/such/program" in await verdict(client)
+    await client.aclose()
 
 
 async def test_before_the_start_and_after_the_end_there_is_no_engine() -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ async def _round(
 def greedy_by_transformers(folder: Path) -> list[list[int]]:
     import transformers as hf
 
-    model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return [
         model.generate(
             torch.tensor([prompt]),

@@ -1,9 +1,9 @@
 """The scheduler against a runner that has no model but a memory.
 
-The shadow runner writes, into each slot of the cache, the hash of the sequence's tokens up to there,
-and before it computes a row it looks up every earlier slot: attention that would read a stale,
-foreign or half-written slot fails the test. Tokens are drawn from the hash, so a sequence's answer is
-a function of its prompt, whatever happens to its neighbours.
+The shadow runner writes, into each slot of the cache, the hash of the sequence's tokens up to
+there, and looks up every slot that attention would read: a stale, foreign or half-written one fails
+the test. Tokens are drawn from the hash, so a sequence's answer is a function of its prompt,
+whatever happens to its neighbours.
 """
 
 from __future__ import annotations
@@ -13,11 +13,6 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from forebay_engine.blocks import BlockPool
-from forebay_engine.errors import RequestRefused
-from forebay_engine.scheduler import Scheduler
-from forebay_engine.sequence import FinishReason, SamplingParams, Sequence
-from forebay_engine.step import Row, Sampled, StepPlan, StepResult
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -27,6 +22,12 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+
+from forebay_engine.blocks import BlockPool
+from forebay_engine.errors import RequestRefused
+from forebay_engine.scheduler import Scheduler
+from forebay_engine.sequence import FinishReason, SamplingParams, Sequence
+from forebay_engine.step import Row, Sampled, StepPlan, StepResult
 
 EOS = 9
 

@@ -35,7 +35,7 @@ class EchoRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         if self.mode == "slow":
             time.sleep(0.02)
-        if self.mode == "dies" and self.drawn == 20:
+        if self.mode == "dies" and self.drawn == 10:
             # After what was sent has gone out.
             time.sleep(0.2)
             os._exit(1)

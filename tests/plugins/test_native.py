@@ -1,0 +1,362 @@
+"""The native adapter: its contract over a real engine process, and what it makes of a request."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from forebay.api import (
+    AdapterContext,
+    Attempt,
+    BackendBusy,
+    BackendError,
+    BackendRefused,
+    ConfigError,
+    ConnectFailed,
+    ContentPart,
+    Delta,
+    Event,
+    Finished,
+    GenerateRequest,
+    Identity,
+    Message,
+    Sampling,
+    Started,
+    StreamTruncated,
+    Upstream,
+)
+from forebay.testing import AdapterContract, Bench, Scenario, chat_request
+from forebay_plugins.native import NativeAdapter, NativeSettings, adapters
+
+FAKES = Path(__file__).parents[1] / "fakes"
+COMMAND = (sys.executable, str(FAKES / "engine_process.py"))
+
+
+def no_http(url: str) -> Upstream:
+    raise AssertionError(f"the native adapter opened {url}")
+
+
+def context(data_dir: Path, environment: Mapping[str, str]) -> AdapterContext:
+    return AdapterContext(
+        name="native", connect=no_http, data_dir=data_dir, environment=environment
+    )
+
+
+class Patient(NativeAdapter):
+    """Waits for the engine before each request, as the gateway's probes do."""
+
+    async def stream(self, request: GenerateRequest, attempt: Attempt) -> AsyncGenerator[Event]:
+        await ready(self)
+        events = super().stream(request, attempt)
+        try:
+            async for event in events:
+                yield event
+        finally:
+            await events.aclose()
+
+
+async def ready(adapter: NativeAdapter) -> None:
+    while True:
+        try:
+            await adapter.probe()
+        except BackendError:
+            await asyncio.sleep(0.01)
+        else:
+            return
+
+
+async def died(adapter: NativeAdapter) -> None:
+    """Until the engine is neither there nor on its way."""
+    while True:
+        try:
+            await adapter.probe()
+        except ConnectFailed:
+            return
+        except BackendBusy:
+            await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def native(
+    mode: str = "", kind: type[NativeAdapter] = NativeAdapter, **settings: Any
+) -> AsyncIterator[NativeAdapter]:
+    """An adapter on the fake engine, up where it ever will be."""
+    settings = {"path": str(FAKES / "engine_model"), "block_size": 4, **settings}
+    adapter = kind(
+        NativeSettings(adapter="native", **settings),
+        context(FAKES, {"FAKE_ENGINE": mode}),
+        COMMAND,
+    )
+    await adapter.start()
+    try:
+        if mode != "loading":
+            await ready(adapter)
+        yield adapter
+    finally:
+        await adapter.aclose()
+
+
+class TestNative(AdapterContract):
+    # Its engine either answers by our own protocol or dies.
+    impossible = frozenset(
+        {Scenario.BROKEN, Scenario.GARBAGE, Scenario.FAILING, Scenario.UNFINISHED}
+    )
+
+    def bench(self, scenario: Scenario) -> AbstractAsyncContextManager[Bench]:
+        return self._bench(scenario)
+
+    @asynccontextmanager
+    async def _bench(self, scenario: Scenario) -> AsyncIterator[Bench]:
+        if scenario is Scenario.DEAD:
+            async with self._dead() as adapter:
+                yield Bench(adapter, lambda: 0)
+            return
+        mode = {
+            Scenario.ENDLESS: "slow",
+            Scenario.SILENT: "slow",
+            Scenario.BUSY: "loading",
+            Scenario.CUT: "dies",
+        }.get(scenario, "")
+        settings: dict[str, int] = {}
+        if scenario is Scenario.SILENT:
+            # A token a step: the first comes after half a second.
+            settings = {"max_step_tokens": 1}
+        if scenario is Scenario.REFUSING:
+            settings = {"max_model_len": 8}
+        kind = Patient if scenario is Scenario.CUT else NativeAdapter
+        async with native(mode, kind, **settings) as adapter:
+            busy = [0]
+            watching = asyncio.create_task(self._watch(adapter, busy))
+            try:
+                yield Bench(adapter, lambda: busy[0])
+            finally:
+                watching.cancel()
+                await asyncio.gather(watching, return_exceptions=True)
+
+    @staticmethod
+    async def _watch(adapter: NativeAdapter, busy: list[int]) -> None:
+        while True:
+            try:
+                load = await adapter.load()
+            except BackendError:
+                busy[0] = 0
+            else:
+                busy[0] = (load.running or 0) + (load.waiting or 0) if load else 0
+            await asyncio.sleep(0.002)
+
+    @asynccontextmanager
+    async def _dead(self) -> AsyncIterator[NativeAdapter]:
+        command = (sys.executable, "-c", "raise SystemExit(1)")
+        settings = NativeSettings(adapter="native", path=str(FAKES / "engine_model"))
+        adapter = NativeAdapter(settings, context(FAKES, {}), command)
+        await adapter.start()
+        try:
+            await died(adapter)
+            yield adapter
+        finally:
+            await adapter.aclose()
+
+
+async def collect(adapter: NativeAdapter, request: GenerateRequest) -> list[Event]:
+    return [event async for event in adapter.stream(request, Attempt())]
+
+
+def text(events: list[Event], index: int = 0) -> str:
+    return "".join(e.text for e in events if isinstance(e, Delta) and e.index == index)
+
+
+def completion(*prompts: str | tuple[int, ...], n: int = 1, **sampling: Any) -> GenerateRequest:
+    return GenerateRequest(
+        id="forebay-1",
+        endpoint="completions",
+        model="m",
+        created=1,
+        prompts=prompts,
+        n=n,
+        sampling=Sampling(**sampling),
+    )
+
+
+def chat(*messages: Message, **sampling: Any) -> GenerateRequest:
+    return GenerateRequest(
+        id="forebay-1",
+        endpoint="chat",
+        model="m",
+        created=1,
+        messages=messages,
+        sampling=Sampling(**sampling),
+    )
+
+
+async def test_a_request_is_translated_and_so_is_the_answer() -> None:
+    async with native() as adapter:
+        events = await collect(adapter, completion("Hello", (72, 73, 1), n=2, logprobs=1))
+        assert isinstance(events[0], Started)
+        # The third token of the second prompt is the end token.
+        assert [text(events, i) for i in range(4)] == ["HelloHelloHel"] * 2 + ["de"] * 2
+        reasons = {
+            e.index: e.finish_reason for e in events if isinstance(e, Delta) and e.finish_reason
+        }
+        assert reasons == {0: "length", 1: "length", 2: "stop", 3: "stop"}
+        logprob = next(e.logprobs[0] for e in events if isinstance(e, Delta) and e.index == 2)
+        assert (logprob.token, logprob.logprob, logprob.top) == ("d", -0.25, (("d", -0.25),))
+        finished = events[-1]
+        assert isinstance(finished, Finished)
+        assert finished.usage is not None
+        # OpenAI's default of 16 tokens, <bos> among those echoed.
+        assert (finished.usage.prompt_tokens, finished.usage.completion_tokens) == (9, 38)
+        assert finished.usage.cached_tokens == 0
+        assert finished.timings is not None
+        assert finished.timings.source == "forebay_engine"
+        assert (finished.timings.decode or -1) >= 0
+
+
+async def test_messages_go_through_the_template_and_may_fill_the_context() -> None:
+    async with native() as adapter:
+        parts = (ContentPart("text", "a"), ContentPart("text", "b"))
+        events = await collect(adapter, chat(Message(role="user", content=parts), ignore_eos=True))
+        assert text(events).startswith("user\nab\nassistant\nuser\nab\n")
+        finished = events[-1]
+        assert isinstance(finished, Finished)
+        assert finished.usage is not None
+        assert finished.usage.prompt_tokens + finished.usage.completion_tokens == 256
+
+
+async def test_stops_penalties_and_the_rest_reach_the_engine() -> None:
+    async with native() as adapter:
+        events = await collect(
+            adapter,
+            completion("abcdef", stop=("de",), top_k=-1, temperature=0.0, presence_penalty=1.0),
+        )
+        assert text(events) == "abc"
+        for field, value in (("temperature", -1.0), ("top_p", 2.0), ("frequency_penalty", 9.0)):
+            wrong = msgspec.structs.replace(
+                completion("a"), sampling=msgspec.convert({field: value}, Sampling)
+            )
+            with pytest.raises(BackendRefused) as refusal:
+                await collect(adapter, wrong)
+            assert (refusal.value.param, refusal.value.status) == (field, 400)
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"echo": True}, "echo"),
+        ({"needs_tools": True}, "tools"),
+        ({"needs_schema": True}, "response_format"),
+        ({"needs_multimodal": True}, "messages"),
+        ({"extra": ("logit_bias",)}, "logit_bias"),
+    ],
+)
+async def test_what_the_engine_cannot_do_is_refused_by_name(
+    change: dict[str, Any], param: str
+) -> None:
+    async with native() as adapter:
+        request = msgspec.structs.replace(completion("a"), **change)
+        with pytest.raises(BackendRefused) as refusal:
+            await collect(adapter, request)
+        assert refusal.value.param == param
+        capabilities = await adapter.probe()
+        assert {capabilities.tools, capabilities.schema, capabilities.multimodal} == {False}
+        assert not capabilities.extra_fields
+        assert (capabilities.max_context, capabilities.slots) == (256, 64)
+
+
+async def test_a_refusal_names_the_field_that_the_client_sent() -> None:
+    async with native() as adapter:
+        for name in ("max_tokens", "max_completion_tokens"):
+            request = msgspec.structs.replace(
+                chat_request(max_tokens=5000), fields={name: msgspec.Raw(b"5000")}
+            )
+            with pytest.raises(BackendRefused, match="context holds 256") as refusal:
+                await collect(adapter, request)
+            assert refusal.value.param == name
+        with pytest.raises(BackendRefused, match="unknown role tool") as refusal:
+            await collect(adapter, chat(Message(role="tool", content="x", tool_call_id="1")))
+        assert refusal.value.param == "messages"
+
+
+async def test_tenants_do_not_share_cached_prefixes() -> None:
+    async with native() as adapter:
+        cached = []
+        for tenant in ("a", "b", "a"):
+            request = msgspec.structs.replace(
+                completion("a long enough prompt"), identity=Identity(tenant=tenant)
+            )
+            finished = (await collect(adapter, request))[-1]
+            assert isinstance(finished, Finished)
+            assert finished.usage is not None
+            cached.append(finished.usage.cached_tokens)
+        assert cached == [0, 0, 20]
+
+
+async def test_a_death_in_mid_stream_is_a_truncated_stream_and_then_no_connection() -> None:
+    async with native("slow") as adapter:
+        events = adapter.stream(completion("Hello", max_tokens=200), Attempt())
+        for _ in range(3):
+            await anext(events)
+        client = adapter._client
+        assert client is not None
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGKILL)
+        with pytest.raises(StreamTruncated):
+            await collect_rest(events)
+        with pytest.raises(ConnectFailed, match="restarted"):
+            await collect(adapter, completion("Hello"))
+        await ready(adapter)
+        assert text(await collect(adapter, completion("Hello", max_tokens=6))) == "Hello"
+
+
+async def collect_rest(events: AsyncIterator[Event]) -> None:
+    async for _ in events:
+        pass
+
+
+async def test_while_it_loads_it_is_busy() -> None:
+    async with native("loading") as adapter:
+        with pytest.raises(BackendBusy) as busy:
+            await adapter.probe()
+        assert busy.value.code == "loading"
+        assert busy.value.retry_after
+
+
+def test_paths_are_folders_or_names_of_pulled_models(tmp_path: Path) -> None:
+    pulled = tmp_path / "models" / "tiny"
+    pulled.mkdir(parents=True)
+    adapter = NativeAdapter(NativeSettings(adapter="native", path="tiny"), context(tmp_path, {}))
+    with pytest.raises(ConfigError, match=r"backends\.native\.path: .*forebay model pull tiny"):
+        asyncio.run(adapter.start())
+    (pulled / "config.json").write_text("{}")
+    assert adapter._folder() == pulled
+    (tmp_path / "config.json").write_text("{}")
+    assert (
+        NativeAdapter(
+            NativeSettings(adapter="native", path=str(tmp_path)), context(tmp_path, {})
+        )._folder()
+        == tmp_path
+    )
+
+
+async def test_what_was_not_started_has_no_engine() -> None:
+    adapter = NativeAdapter(NativeSettings(adapter="native", path="x"), context(FAKES, {}))
+    with pytest.raises(ConnectFailed):
+        await adapter.probe()
+    with pytest.raises(ConnectFailed):
+        await collect(adapter, completion("a"))
+    await adapter.aclose()
+
+
+def test_the_plugin_offers_one_kind() -> None:
+    (kind,) = adapters()
+    build: Callable[[Any, AdapterContext], object] = kind.build
+    settings = msgspec.convert({"adapter": "native", "path": "p"}, kind.settings)
+    assert isinstance(build(settings, context(FAKES, {})), NativeAdapter)
