@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from forebay_kernels import cpu, reference
+from forebay_kernels import eager
 from forebay_kernels.batch import PagedBatch
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
     """Root-mean-square norm over the last axis; see ``reference.rms_norm``."""
-    compute = cpu.rms_norm if x.is_cpu else reference.rms_norm
-    return compute(x, weight, eps, unit_offset=unit_offset)
+    return eager.rms_norm(x, weight, eps, unit_offset=unit_offset)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding; see ``reference.rope``."""
-    return reference.rope(x, cos, sin)
+    return eager.rope(x, cos, sin)
 
 
 def silu_mul(x: Tensor) -> Tensor:
     """SwiGLU's gate; see ``reference.silu_mul``."""
-    return cpu.silu_mul(x) if x.is_cpu else reference.silu_mul(x)
+    return eager.silu_mul(x)
 
 
 def gelu_tanh_mul(x: Tensor) -> Tensor:
     """Gemma's gate; see ``reference.gelu_tanh_mul``."""
-    return cpu.gelu_tanh_mul(x) if x.is_cpu else reference.gelu_tanh_mul(x)
+    return eager.gelu_tanh_mul(x)
 
 
 def kv_store(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     """Write a step's keys and values into the paged cache; see ``reference.kv_store``."""
-    cpu.kv_store(key, value, keys, values, slots)
+    eager.kv_store(key, value, keys, values, slots)
 
 
 def paged_attention(
@@ -45,6 +45,30 @@ def paged_attention(
     softcap: float | None = None,
 ) -> Tensor:
     """Attention of a mixed batch over the paged cache; see ``reference.paged_attention``."""
-    return cpu.paged_attention(
-        query, keys, values, batch, scale=scale, window=window, softcap=softcap
+    out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
+    first_row = 0
+    if has_triton(query):
+        # Imported here: triton is not there on every system, and costs 0.3 s where it is.
+        from forebay_kernels.paged_decode import decode_attention
+
+        first_row = batch.num_decodes
+        decode_attention(
+            query, keys, values, out, batch, scale=scale, window=window, softcap=softcap
+        )
+    eager.paged_attention(
+        query,
+        keys,
+        values,
+        out,
+        batch,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        first_row=first_row,
     )
+    return out
+
+
+def has_triton(x: Tensor) -> bool:
+    """Whether Triton's kernels compile for the device of ``x``."""
+    return x.is_cuda

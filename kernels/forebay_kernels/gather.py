@@ -1,4 +1,4 @@
-"""Which pages the CPU attention reads together: worked out once a step, used by every layer."""
+"""Which pages the eager attention reads together: worked out once a step, used by every layer."""
 
 from __future__ import annotations
 
@@ -48,19 +48,27 @@ class Gather:
         return found[:, :, self.slots]
 
 
-def plan_gathers(batch: PagedBatch, cache: Tensor, window: int | None) -> list[Gather]:
-    """The gathers of one step for layers with this window; ``cache`` gives shape and item size."""
+def plan_gathers(
+    batch: PagedBatch, cache: Tensor, window: int | None, first_row: int = 0
+) -> list[Gather]:
+    """The gathers of rows from ``first_row`` on for layers with this window.
+
+    ``cache`` (keys or values) gives the shape, the item size and the device.
+    """
     heads, _, block_size, dim = cache.shape
     page_bytes = heads * block_size * dim * cache.element_size()
-    spans = [_Span.of(batch, row, block_size, window) for row in range(batch.num_rows)]
-    groups = _alike(
-        [s for s in spans[: batch.num_decodes] if s.length], max(1, GATHER_BYTES // page_bytes)
-    )
+    spans = [_Span.of(batch, row, block_size, window) for row in range(first_row, batch.num_rows)]
+    decodes = max(0, batch.num_decodes - first_row)
+    limit = max(1, GATHER_BYTES // page_bytes)
+    groups = _alike([span for span in spans[:decodes] if span.length], limit)
+    device = cache.device
     parts = [
-        _together(group, block_size) if len(group) > 1 else _alone(group[0], block_size, window)
+        _together(group, block_size, device)
+        if len(group) > 1
+        else _alone(group[0], block_size, window, device)
         for group in groups
     ]
-    return parts + [_alone(span, block_size, window) for span in spans[batch.num_decodes :]]
+    return parts + [_alone(span, block_size, window, device) for span in spans[decodes:]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +106,14 @@ def _alike(spans: list[_Span], limit: int) -> Iterator[list[_Span]]:
         yield group
 
 
-def _alone(span: _Span, block_size: int, window: int | None) -> Gather:
+def _alone(span: _Span, block_size: int, window: int | None, device: torch.device) -> Gather:
     start, first = span.first * block_size, span.pages[0]
     neighbours = span.pages == list(range(first, first + len(span.pages)))
-    seen = visible(span.length - span.count, span.length, window, torch.device("cpu"))
+    seen = visible(span.length - span.count, span.length, window, device)
     return Gather(
         tokens=span.tokens,
         rows=1,
-        pages=None if neighbours else torch.tensor(span.pages),
+        pages=None if neighbours else torch.tensor(span.pages, device=device),
         first_page=first,
         pages_per_row=len(span.pages),
         slots=slice(span.low - start, span.length - start),
@@ -114,23 +122,26 @@ def _alone(span: _Span, block_size: int, window: int | None) -> Gather:
     )
 
 
-def _together(group: list[_Span], block_size: int) -> Gather:
-    """Rows padded with their own first page: its tokens are the row's, so never foreign."""
+def _together(group: list[_Span], block_size: int, device: torch.device) -> Gather:
+    """Rows padded with their own first page: its tokens are the row's own, and masked."""
     most = max(len(span.pages) for span in group)
     position = torch.arange(most * block_size)
     low = torch.tensor([span.low - span.first * block_size for span in group])
     end = torch.tensor([span.length - span.first * block_size for span in group])
     full = torch.tensor([len(span.pages) * block_size for span in group])
     mask = (position >= low[:, None]) & (position < end[:, None])  # [rows, slots]
-    stale = (position >= end[:, None]) & (position < full[:, None])
+    # The last page's end; where it is also the first, the padding has that end again.
+    filled = (position >= full[:, None]) & (full[:, None] > block_size)
+    stale = (position >= end[:, None]) & ~filled
     pages = [span.pages + span.pages[:1] * (most - len(span.pages)) for span in group]
+    starts = [span.tokens.start for span in group]
     return Gather(
-        tokens=torch.tensor([span.tokens.start for span in group]),
+        tokens=torch.tensor(starts, device=device),
         rows=len(group),
-        pages=torch.tensor(pages).flatten(),
+        pages=torch.tensor(pages, device=device).flatten(),
         first_page=0,
         pages_per_row=most,
         slots=slice(None),
-        stale=stale.flatten().nonzero().flatten(),
-        mask=mask.unsqueeze(1),
+        stale=stale.flatten().nonzero().flatten().to(device),
+        mask=mask.unsqueeze(1).to(device),
     )

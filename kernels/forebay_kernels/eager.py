@@ -1,8 +1,9 @@
-"""Faster PyTorch formulations of the operators; each is tested against its reference.
+"""Faster PyTorch formulations of the operators, for any device and tuned for CPUs.
 
-Attention is torch's fused one, fed so that it is fast on a CPU: a group's query heads are rows of
-one problem (with ``enable_gqa`` it moves 2 GB/s instead of 10-17), masks are boolean and already
-expanded (an additive one costs up to 9 times more), and gathers stay small.
+Each is tested against its reference. Attention is torch's fused one, fed so that it is fast on a
+CPU: a group's query heads are rows of one problem (with ``enable_gqa`` it moves 2 GB/s instead of
+10), masks are boolean and already expanded (an additive one costs up to 9 times more), and gathers
+stay small.
 """
 
 from __future__ import annotations
@@ -20,6 +21,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
     rstd = torch.rsqrt_(wide.square().mean(-1, keepdim=True).add_(eps))
     # Not in place at first: of a float32 input ``wide`` is the input itself.
     return (wide * rstd).mul_(weight + 1.0 if unit_offset else weight).to(x.dtype)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.float().chunk(2, dim=-1)  # [tokens, heads, dim/2]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [tokens, 1, dim/2]
+    out = torch.empty_like(x)
+    half = x.shape[-1] // 2
+    out[..., :half] = (a * cos).addcmul_(b, sin, value=-1)
+    out[..., half:] = (b * cos).addcmul_(a, sin)
+    return out
 
 
 def silu_mul(x: Tensor) -> Tensor:
@@ -44,30 +55,33 @@ def paged_attention(
     query: Tensor,  # [tokens, heads, head_dim]
     keys: Tensor,  # [kv_heads, pages, block_size, head_dim]
     values: Tensor,  # [kv_heads, pages, block_size, head_dim]
+    out: Tensor,  # [tokens, heads, head_dim]
     batch: PagedBatch,
     *,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-) -> Tensor:
-    plan: list[Gather] | None = batch.memo.get(window)
+    first_row: int = 0,
+) -> None:
+    """Write the attention of rows from ``first_row`` on to ``out``; others are left alone."""
+    plan: list[Gather] | None = batch.memo.get((window, first_row))
     if plan is None:
-        plan = batch.memo[window] = plan_gathers(batch, keys, window)
+        plan = plan_gathers(batch, keys, window, first_row)
+        batch.memo[window, first_row] = plan
     tokens, heads, dim = query.shape
     kv_heads = keys.shape[0]
     grouped = query.view(tokens, kv_heads, heads // kv_heads, dim)
-    out = torch.zeros_like(grouped)
+    target = out.view(grouped.shape)
     for part in plan:
         queries, k, v = grouped[part.tokens], part.read(keys), part.read(values)
         if len(queries) == part.rows:  # a query a row: [kv_heads, rows, group, dim]
             found = _attend(queries.transpose(0, 1), k, v, part.mask, scale, softcap)
-            out[part.tokens] = found.transpose(0, 1)
+            target[part.tokens] = found.transpose(0, 1)
         else:  # a chunk: [kv_heads, group, count, dim]
             q = queries.permute(1, 2, 0, 3)
             k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
             found = _attend(q, k, v, part.mask, scale, softcap)
-            out[part.tokens] = found.permute(2, 0, 1, 3)
-    return out.view(tokens, heads, dim)
+            target[part.tokens] = found.permute(2, 0, 1, 3)
 
 
 def _attend(

@@ -1,0 +1,91 @@
+"""Inputs for the operators. Without a GPU Triton's kernels run under its interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, later than here
+
+from forebay_kernels import PagedBatch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A mixed batch over shuffled pages; slots that no row holds are NaN."""
+
+    query: Tensor  # [tokens, heads, head_dim]
+    keys: Tensor  # [kv_heads, pages, block_size, head_dim]
+    values: Tensor  # [kv_heads, pages, block_size, head_dim]
+    batch: PagedBatch
+
+    def wide(self) -> Case:
+        """The same in float64."""
+        return Case(self.query.double(), self.keys.double(), self.values.double(), self.batch)
+
+
+MakeCase = Callable[..., Case]
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return DEVICE
+
+
+@pytest.fixture
+def make_case() -> MakeCase:
+    """``make_case(rows, heads=, kv_heads=, dim=, block_size=, dtype=)``, rows as (length, count).
+
+    Decode rows (count 1, or 0 tokens held) come first, as in a plan.
+    """
+    return _case
+
+
+def _case(
+    rows: list[tuple[int, int]],
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    dim: int = 64,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    spare_pages: int = 3,
+) -> Case:
+    random = torch.Generator().manual_seed(len(rows) * 1000 + dim + heads)
+    needed = [-(-length // block_size) for length, _ in rows]
+    pages = torch.randperm(sum(needed) + spare_pages, generator=random)
+    size = (kv_heads, len(pages), block_size, dim)
+    keys, values = (torch.full(size, float("nan"), dtype=dtype) for _ in range(2))
+    # What lies past a row's end is never read: a page that does not exist must do no harm.
+    tables = torch.full((len(rows), max(1, *needed) + 1), 1 << 30, dtype=torch.int32)
+    slots: list[int] = []
+    for row, (length, count) in enumerate(rows):
+        first = sum(needed[:row])
+        own = pages[first : first + needed[row]]
+        tables[row, : needed[row]] = own.int()
+        places = [int(own[p // block_size]) * block_size + p % block_size for p in range(length)]
+        for cache in (keys, values):
+            held = torch.randn((kv_heads, length, dim), generator=random).to(dtype)
+            cache.flatten(1, 2)[:, places] = held
+        slots += places[length - count :] if length else [-1]
+    starts = [0]
+    for _, count in rows:
+        starts.append(starts[-1] + count)
+    query = torch.randn((starts[-1], heads, dim), generator=random).to(dtype)
+    batch = PagedBatch(
+        query_starts=tuple(starts),
+        seq_lens=tuple(length for length, _ in rows),
+        num_decodes=sum(count == 1 for _, count in rows),
+        block_tables=tables.to(DEVICE),
+        lengths=torch.tensor([length for length, _ in rows], dtype=torch.int32, device=DEVICE),
+        slots=torch.tensor(slots, device=DEVICE),
+    )
+    return Case(query.to(DEVICE), keys.to(DEVICE), values.to(DEVICE), batch)
