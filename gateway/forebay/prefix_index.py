@@ -36,7 +36,7 @@ _PRIOR_BYTES, _PRIOR_TOKENS = 1024.0, 256.0
 _FORGET = 0.05
 
 # A backend is judged by the running mean of (really cached / predicted), in which a prediction of
-# 2,048 tokens or more weighs a quarter and a shorter one less: it also costs less to be wrong there.
+# 2,048 tokens or more weighs a quarter, and a shorter one less, as it costs less to be wrong there.
 # Below 0.7 it loses a quarter of what it is believed to hold. In a simulation of eight engines with
 # a fourth of the cache that the index assumed, this took predictions from 1.8 times to 1.4 times
 # what was cached, and from 2.1 to 1.15 times in a busier one with longer prompts.
