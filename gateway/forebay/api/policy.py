@@ -100,7 +100,7 @@ class Policy(ABC):
 
 
 class PolicySettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """Base of a policy's options; `{name: prefix_affinity, ttft_weight: 4}` in the configuration."""
+    """Base of a policy's options, e.g. `{name: prefix_affinity, ttft_weight: 4}`."""
 
 
 class PolicyKind(Struct, frozen=True, kw_only=True):
