@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -306,3 +307,35 @@ async def test_a_model_without_template_serves_completions_only() -> None:
 def test_a_model_without_tokenizer_stops_the_start(tmp_path: Path) -> None:
     with pytest.raises(StartRefused, match=r"tokenizer\.json is missing"):
         Tokenizer.from_folder(tmp_path)
+
+
+async def test_a_storm_of_requests_and_aborts_leaves_nothing_behind() -> None:
+    """Ends and aborts at every point, in a cache that holds two or three answers at once."""
+    chance = Random(5)
+    ended: list[Request] = []
+
+    async def visit(engine: Engine, number: int) -> bool:
+        await asyncio.sleep(chance.random() / 10)
+        prompt = "a shared prefix " * chance.randrange(3) + str(number)
+        done = asyncio.Event()
+        request = await engine.submit(
+            command(prompt, n=chance.randint(1, 3)),
+            lambda event: done.set() if isinstance(event, Done) else None,
+        )
+        stays = chance.random() < 0.5
+        waiting = asyncio.create_task(done.wait())
+        await asyncio.wait([waiting], timeout=None if stays else chance.random() / 5)
+        engine.abort(request)
+        waiting.cancel()
+        return done.is_set()
+
+    async with serving(Playback("an answer of a few words", num_blocks=40), ended.append) as engine:
+        stayed = await asyncio.gather(*(visit(engine, number) for number in range(300)))
+        counters = engine.scheduler.counters
+        assert len(ended) == 300
+        assert 100 < sum(stayed) < 300
+        assert counters.preempted > 0
+        assert counters.finished + counters.aborted == sum(len(r.choices) for r in ended)
+        while engine.scheduler.pool.in_use:
+            await asyncio.sleep(0.001)
+        assert engine.scheduler.running == engine.scheduler.waiting == 0
