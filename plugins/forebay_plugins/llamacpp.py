@@ -6,7 +6,7 @@ It queues without bound and answers no status when full: ``slots`` is what it ca
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from msgspec import Struct
 
@@ -58,6 +58,12 @@ class LlamaCppAdapter(OpenAIServer):
     settings: LlamaCppSettings
     # With it the server goes on generating after the client has left.
     withheld = frozenset({"x-conversation-id"})
+    # It closes the connection after each stream, but says so only if it is asked to.
+    stream_headers: ClassVar[Mapping[str, str]] = {"connection": "close"}
+    # Of an answer that does not stream it notices only after a second without any event in the
+    # whole server that its client has left: never, while others are served. With streams at once.
+    always_streams = True
+    usage_by_choice = True
     _context_size = 0
 
     async def probe(self) -> Capabilities:

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -32,6 +32,7 @@ from forebay.api import (
 )
 from forebay_plugins.openai_errors import error_of
 from forebay_plugins.openai_shape import decode, finish_of
+from forebay_plugins.openai_whole import WholeAnswer
 from forebay_plugins.sse import Scanner
 
 __all__ = ["OpenAIServer"]
@@ -50,7 +51,13 @@ class OpenAIServer(Adapter):
     """
 
     #: Headers that must not reach this kind of server.
-    withheld: frozenset[str] = frozenset()
+    withheld: ClassVar[frozenset[str]] = frozenset()
+    #: Headers for requests that it answers by a stream.
+    stream_headers: ClassVar[Mapping[str, str]] = {}
+    #: Answers that need not stream are streamed from the server all the same, and put together.
+    always_streams: ClassVar[bool] = False
+    #: See :class:`Scanner`.
+    usage_by_choice: ClassVar[bool] = False
 
     def __init__(self, settings: HttpBackendSettings, context: AdapterContext) -> None:
         self.settings = settings
@@ -72,45 +79,53 @@ class OpenAIServer(Adapter):
         return None
 
     async def stream(self, request: GenerateRequest, attempt: Attempt) -> AsyncIterator[Event]:
-        response = await self._send(request, attempt)
+        streams = request.stream or self.always_streams
+        response = await self._send(request, attempt, streams)
         try:
-            await self._check(
-                response, "text/event-stream" if request.stream else "application/json"
-            )
-            if not request.stream:
+            await self._check(response, "text/event-stream" if streams else "application/json")
+            if not streams:
                 body, finished = self._answer(request, await response.read())
                 yield Relayed(body)
                 yield finished
                 return
-            scanner, chunks = Scanner(request), response.chunks()
-            # A cut is an end: the scanner knows whether all had been said by then.
-            with suppress(StreamTruncated):
+            whole = None if request.stream else WholeAnswer(request)
+            scanner, chunks = Scanner(request, self.usage_by_choice), response.chunks()
+            with suppress(StreamTruncated):  # a cut may be the end: the scanner knows
                 async for chunk in chunks:
                     data = scanner.feed(chunk)
-                    if data:
+                    if data and whole is None:
                         yield Relayed(data, scanner.events)
-                    if scanner.failure is not None:
-                        raise scanner.failure
-                    if scanner.done:
-                        await _drain(chunks)
+                    elif data and whole is not None:
+                        whole.add(data)
+                    if scanner.failure is not None or scanner.done:
                         break
+            if scanner.failure is not None:
+                raise scanner.failure
+            if scanner.done:
+                await _drain(chunks)
             tail = scanner.end()
-            if tail:
+            if whole is not None:
+                yield Relayed(whole.body(scanner.reported, scanner.closing))
+            elif tail:
                 yield Relayed(tail)
             yield Finished(scanner.usage, self.timings(scanner.closing), scanner.finish_reasons)
         finally:
             await response.aclose()
 
-    async def _send(self, request: GenerateRequest, attempt: Attempt) -> UpstreamResponse:
+    async def _send(
+        self, request: GenerateRequest, attempt: Attempt, streams: bool
+    ) -> UpstreamResponse:
         changes: dict[str, object] = {"model": self.settings.model or request.model}
-        if request.stream:
+        headers = {k: v for k, v in attempt.headers.items() if k not in self.withheld}
+        if streams:
+            headers.update(self.stream_headers)
+            changes["stream"] = True
             # Always: the gateway needs the counts; the client only gets them if it asked.
             changes["stream_options"] = {
                 **_object(request, "stream_options"),
                 "include_usage": True,
             }
         changes |= await self.changes(request)
-        headers = {k: v for k, v in attempt.headers.items() if k not in self.withheld}
         return await self._upstream.send(
             "POST",
             _PATHS[request.endpoint],

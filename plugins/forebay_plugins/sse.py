@@ -30,10 +30,13 @@ class Scanner:
 
     After each :meth:`feed` look at ``failure``; after the last, call :meth:`end`. How the bytes
     were cut into chunks makes no difference to the bytes that come out.
+
+    ``usage_by_choice``: the server sends a usage object for each choice (prompt and choice alone).
     """
 
-    def __init__(self, request: GenerateRequest) -> None:
+    def __init__(self, request: GenerateRequest, usage_by_choice: bool = False) -> None:
         self._request = request
+        self._usage_by_choice = usage_by_choice
         self._carry = b""
         self._after_cr = False
         #: id, created and model of the first event: every later one is given the same.
@@ -43,7 +46,6 @@ class Scanner:
         self._wanted = b""
         self._roles: set[int] = set()
         self._usage: dict[str, Any] | None = None
-        self._usage_of_some: dict[str, Any] | None = None
         self._counted = 0
         #: Events in the bytes that the last ``feed`` or ``end`` returned.
         self.events = 0
@@ -54,6 +56,11 @@ class Scanner:
         self._finishes: dict[int, str] = {}
         #: Top-level fields of the events that end a choice or carry usage, for the timings in them.
         self.closing: dict[str, Any] = {}
+
+    @property
+    def reported(self) -> dict[str, Any] | None:
+        """The ``usage`` object of the whole answer, if the server reports it."""
+        return self._usage
 
     @property
     def usage(self) -> Usage:
@@ -238,17 +245,12 @@ class Scanner:
         return bool(choice["finish_reason"] != reason)
 
     def _keep_usage(self, chunk: dict[str, Any], answer: Answer) -> bool:
-        """Keep usage for the last chunk, where clients look for it; True if the event has no more.
-
-        llama.cpp sends a usage chunk for each choice, in mid-stream and of that choice alone.
-        """
+        """Keep usage for the last chunk, where clients look for it; True if that was all."""
         usage = chunk["usage"]
-        if not answer.choices and self._request.choices > 1:
-            if self._usage_of_some is not None:
-                for name in ("completion_tokens", "total_tokens"):
-                    so_far = self._usage_of_some.get("completion_tokens") or 0
-                    usage[name] = (usage.get(name) or 0) + so_far
-            self._usage_of_some = usage
+        if self._usage_by_choice and self._usage is not None:
+            for name in ("completion_tokens", "total_tokens"):
+                so_far = self._usage.get("completion_tokens") or 0
+                usage[name] = (usage.get(name) or 0) + so_far
         self._usage = usage
         self.closing.update(chunk)
         return not answer.choices

