@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 
 import structlog
 from msgspec import structs
@@ -31,12 +31,13 @@ from forebay.api import (
     StaleConnection,
     Started,
 )
+from forebay.attempt import LiveAttempt
 from forebay.config import Model
 from forebay.fleet import Backend
 from forebay.prefix_index import PrefixIndex
 from forebay.recorder import Recorder
 from forebay.routing import Choice, Router, refusal
-from forebay.telemetry.tracing import AttemptTrace, RequestTrace
+from forebay.telemetry.tracing import RequestTrace
 from forebay.watchdog import Watchdog
 
 log = structlog.get_logger("forebay.dispatch")
@@ -56,7 +57,7 @@ class Flight:
         self._watchdog = Watchdog(self._settings.timeouts.total)
         self._choice: Choice | None = None
         self._attempts: list[AttemptRecord] = []
-        self._live: _Try | None = None
+        self._live: LiveAttempt | None = None
         self._queue = 0.0
         self._overhead = 0.0
         self._ttft: float | None = None
@@ -143,7 +144,7 @@ class Flight:
             number, backend.name, backend.provider, backend.address, request
         )
         attempt = Attempt(number=number, headers=trace.headers, timeouts=settings.timeouts)
-        live = self._live = _Try(backend, tokens, trace, self._now())
+        live = self._live = LiveAttempt(backend, tokens, trace, self._now())
         live.begin(backend.adapter.stream(request, attempt))
         self._watchdog.wait("first_token", settings.timeouts.first_token)
         try:
@@ -167,7 +168,7 @@ class Flight:
             raise RuntimeError("nothing was decided yet")
         return self._choice
 
-    async def _next(self, live: _Try) -> Event:
+    async def _next(self, live: LiveAttempt) -> Event:
         """The adapter's next event; whatever goes wrong there becomes a BackendError."""
         try:
             event = await anext(live.events)
@@ -264,7 +265,7 @@ class Flight:
             trace_id=self._trace.trace_id,
         )
 
-    async def _settle(self, live: _Try, error: BaseException | None) -> None:
+    async def _settle(self, live: LiveAttempt, error: BaseException | None) -> None:
         """The last attempt has ended: well, badly in mid-stream, or by the client's leaving."""
         if isinstance(error, BackendError):
             await self._failed(live, error)
@@ -288,7 +289,7 @@ class Flight:
         )
         self._dispatch.admission.wake()
 
-    async def _failed(self, live: _Try, error: BackendError) -> None:
+    async def _failed(self, live: LiveAttempt, error: BackendError) -> None:
         """An attempt failed: tell health, trace and record; free its slot."""
         self._live = None
         await live.end()
@@ -315,7 +316,7 @@ class Flight:
         )
         self._dispatch.admission.wake()
 
-    def _record(self, live: _Try, error: str | None) -> None:
+    def _record(self, live: LiveAttempt, error: str | None) -> None:
         self._attempts.append(
             AttemptRecord(live.backend.name, live.started, self._now() - live.started, error)
         )
@@ -334,41 +335,6 @@ class Flight:
             c.prefix_tokens for c in choice.decision.candidates if c.backend == backend.name
         )
         self._dispatch.index.learn(choice.key, backend.name, finished.usage, predicted)
-
-
-class _Try:
-    """One attempt under way, and the load that it puts on its backend."""
-
-    def __init__(self, backend: Backend, tokens: int, trace: AttemptTrace, started: float) -> None:
-        self.backend = backend
-        self.trace = trace
-        #: Seconds after the request's arrival.
-        self.started = started
-        self.events: AsyncIterator[Event]
-        self._tokens = tokens
-
-    def begin(self, events: AsyncIterator[Event]) -> None:
-        self.events = events
-        self.backend.in_flight += 1
-        self.backend.queued_tokens += self._tokens
-        self.backend.requests += 1
-        self.backend.health.began()
-
-    def answered(self, ttft: float) -> None:
-        """The first event has come: its prompt is no longer queued there."""
-        self.backend.first_token(ttft)
-        self._dequeue()
-
-    def _dequeue(self) -> None:
-        self.backend.queued_tokens -= self._tokens
-        self._tokens = 0
-
-    async def end(self) -> None:
-        """Close the adapter's stream, with it the upstream, and give the slot back."""
-        self._dequeue()
-        self.backend.in_flight -= 1
-        if isinstance(self.events, AsyncGenerator):
-            await self.events.aclose()
 
 
 class Dispatch:

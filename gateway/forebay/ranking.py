@@ -34,6 +34,8 @@ def rank(policy: Policy, request: GenerateRequest, snapshot: Snapshot) -> Rankin
     logged, and the decision names it.
     """
     views = snapshot.backends
+    if not views:
+        return Ranking((), (), 1.0)
     fault = None
     try:
         scores = policy.score(request, snapshot)

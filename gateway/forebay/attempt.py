@@ -1,0 +1,44 @@
+"""One attempt under way: the adapter's stream, and the load it puts on its backend."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+
+from forebay.api import Event
+from forebay.fleet import Backend
+from forebay.telemetry.tracing import AttemptTrace
+
+
+class LiveAttempt:
+    """Counted in its backend's load from :meth:`begin` to :meth:`end`."""
+
+    def __init__(self, backend: Backend, tokens: int, trace: AttemptTrace, started: float) -> None:
+        self.backend = backend
+        self.trace = trace
+        #: Seconds after the request's arrival.
+        self.started = started
+        self.events: AsyncIterator[Event]
+        self._tokens = tokens
+
+    def begin(self, events: AsyncIterator[Event]) -> None:
+        self.events = events
+        self.backend.in_flight += 1
+        self.backend.queued_tokens += self._tokens
+        self.backend.requests += 1
+        self.backend.health.began()
+
+    def answered(self, ttft: float) -> None:
+        """The first event has come: its prompt is no longer queued there."""
+        self.backend.first_token(ttft)
+        self._dequeue()
+
+    def _dequeue(self) -> None:
+        self.backend.queued_tokens -= self._tokens
+        self._tokens = 0
+
+    async def end(self) -> None:
+        """Close the adapter's stream, with it the upstream, and give the slot back."""
+        self._dequeue()
+        self.backend.in_flight -= 1
+        if isinstance(self.events, AsyncGenerator):
+            await self.events.aclose()
