@@ -229,10 +229,13 @@ class EngineClient:
         raise ConnectionError("the process ended before it listened")
 
     async def _listen(self, stderr: asyncio.StreamReader) -> None:
-        """Pass the process's own log on, line by line."""
+        """Pass the process's log on: lines of ``LEVEL message``, and whatever else it writes."""
+        levels = logging.getLevelNamesMapping()
         async for line in stderr:
-            self._last_words = line.decode(errors="replace").strip()
-            log.info("%s", self._last_words)
+            text = line.decode(errors="replace").rstrip()
+            level, _, message = text.partition(" ")
+            self._last_words = message if level in levels else text
+            log.log(levels.get(level, logging.WARNING), "%s", self._last_words)
 
 
 class _Connection:

@@ -160,7 +160,7 @@ def main(make_runner: Callable[[EngineConfig], StepRunner] = load_runner) -> Non
     def command(socket: Path, watch_stdin: bool, **values: Any) -> None:
         """Serve a model on a Unix socket."""
         logging.basicConfig(
-            level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
+            level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s"
         )
         config = EngineConfig(**values)
         set_up_threads(config.threads)

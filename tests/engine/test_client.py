@@ -191,6 +191,17 @@ async def test_a_start_that_cannot_succeed_is_not_tried_again(tmp_path: Path) ->
         assert "there is no config.json in it" in await verdict(client)
 
 
+async def test_the_log_of_the_process_goes_on_with_its_levels(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="forebay_engine"):
+        async with engine(model=tmp_path) as client:
+            await verdict(client)
+    found = {(record.levelname, record.getMessage()) for record in caplog.records}
+    assert ("INFO", f"loading {tmp_path}") in found
+    assert ("ERROR", f"{tmp_path} is no model folder: there is no config.json in it") in found
+
+
 async def test_a_command_that_is_none_is_not_tried_again() -> None:
     client = EngineClient(EngineConfig(model=str(MODEL)), command=["/no/such/program"])
     await client.start()
