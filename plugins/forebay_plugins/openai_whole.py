@@ -50,7 +50,8 @@ class WholeAnswer:
             elif name == "text":
                 choice["text"] += value
             elif name == "logprobs" and isinstance(value, dict):
-                _join(choice.setdefault("logprobs", {}) or {}, value)
+                choice["logprobs"] = choice.get("logprobs") or {}
+                _join(choice["logprobs"], value)
             elif value is not None or name not in choice:
                 choice[name] = value
 

@@ -76,7 +76,8 @@ class ScriptedServer:
         self.running: set[asyncio.Task[None]] = set()
         #: What a script raised; it is raised again when the server closes.
         self.failures: list[BaseException] = []
-        self._connections: set[_Connection] = set()
+        #: Connections that are open now.
+        self.connections: set[asyncio.Transport] = set()
         self._server: asyncio.Server | None = None
         self.url = ""
 
@@ -89,17 +90,11 @@ class ScriptedServer:
     async def __aexit__(self, *_: object) -> None:
         if self._server is not None:
             self._server.close()
-        for connection in list(self._connections):
-            connection.transport.abort()
+        for connection in list(self.connections):
+            connection.abort()
         await asyncio.gather(*self.running, return_exceptions=True)
         if self.failures:
             raise self.failures[0]
-
-    def opened(self, connection: _Connection) -> None:
-        self._connections.add(connection)
-
-    def closed(self, connection: _Connection) -> None:
-        self._connections.discard(connection)
 
     async def serve(self, exchange: Exchange) -> None:
         self.exchanges.append(exchange)
@@ -121,10 +116,10 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for the type checker
         self.transport = transport
-        self._server.opened(self)
+        self._server.connections.add(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._server.closed(self)
+        self._server.connections.discard(self.transport)
         if self._task is not None:
             self._task.cancel()
 
