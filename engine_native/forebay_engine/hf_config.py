@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forebay_engine.errors import StartRefused
 
-class ModelError(ValueError):
+
+class ModelError(StartRefused):
     """A checkpoint that cannot be served; the message says which file and what to do."""
 
 

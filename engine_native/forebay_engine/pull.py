@@ -21,13 +21,14 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from forebay_engine.errors import EngineError
 from forebay_engine.gguf import WEIGHTS, convert
 from forebay_engine.gguf import Progress as Report
 
 MANIFEST = "forebay.json"
 
 
-class PullError(RuntimeError):
+class PullError(EngineError):
     """A model that cannot be fetched; the message says why and what to do."""
 
 
@@ -177,7 +178,7 @@ def main(name: str | None, folder: Path | None, list_: bool) -> None:
     try:
         with _shown(console) as report:
             fresh = pull(name, folder, report)
-    except (PullError, OSError) as error:
+    except (EngineError, OSError) as error:
         console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
     done = "is ready in" if fresh else "was already in"

@@ -32,9 +32,8 @@ class Runner:
         shape = read_config(folder)
         self._device = torch.device("cpu")
         self._dtype = _dtype(config.dtype, shape)
-        if config.threads:
-            torch.set_num_threads(config.threads)
         self._threads = config.threads
+        self._settle_threads()
         with Weights(folder, self._dtype, self._device) as weights, torch.inference_mode():
             self._model: Model = build_model(shape, weights)
         self.block_size = config.block_size
@@ -50,6 +49,7 @@ class Runner:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run the plan's tokens, write their keys and values, draw a token where one is asked."""
+        self._settle_threads()
         with torch.inference_mode():
             batch = build_batch(plan, self.block_size, self._device)
             hidden = self._model.forward(
@@ -73,13 +73,17 @@ class Runner:
         choices = sorted({1, _cores()})
         timed: dict[int, float] = {}
         for threads in choices:
-            torch.set_num_threads(threads)
+            self._threads = threads
             self._timed_step()
             timed[threads] = min(self._timed_step() for _ in range(5))
         self._threads = min(timed, key=lambda threads: timed[threads])
-        torch.set_num_threads(self._threads)
         found = ", ".join(f"{n}: {1000 * seconds:.1f} ms" for n, seconds in timed.items())
         log.info("compute threads: %d (one decode step by threads: %s)", self._threads, found)
+
+    def _settle_threads(self) -> None:
+        """OpenMP keeps the count for each thread that computes, and a caller may change threads."""
+        if self._threads and torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
 
     def _timed_step(self) -> float:
         """Seconds of a decode step of one token at position 0 of page 0, before any request."""

@@ -1,0 +1,166 @@
+"""The runner's contract: what it says of the model, and which plans it takes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from forebay_engine.batch import build_batch
+from forebay_engine.config import EngineConfig
+from forebay_engine.hf_config import ModelError
+from forebay_engine.runner import Runner
+from forebay_engine.sequence import SamplingParams
+from forebay_engine.step import Row, StepPlan
+
+Checkpoint = Callable[[str], Path]
+
+CPU = torch.device("cpu")
+
+
+def planned(seq_id: int, tokens: list[int], start: int, pages: list[int], sample: bool) -> Row:
+    return Row(
+        seq_id=seq_id,
+        token_ids=tokens,
+        start=start,
+        count=len(tokens) - start if sample else 2,
+        block_table=pages,
+        sample=sample,
+        sampling=SamplingParams(temperature=0.0),
+        num_prompt=len(tokens),
+    )
+
+
+@pytest.fixture
+def runner(tiny_checkpoint: Checkpoint) -> Runner:
+    return Runner(EngineConfig(model=str(tiny_checkpoint("llama")), num_blocks=8, threads=1))
+
+
+def test_it_says_what_the_engine_needs(runner: Runner) -> None:
+    assert runner.num_blocks == 8
+    assert runner.block_size == 32
+    assert runner.vocab_size == 384
+    assert runner.eos_token_ids == {1}
+    assert runner.max_model_len == 256  # 8 pages of 32, though the model has 512 positions
+
+
+def test_ends_come_from_generation_config_first(
+    tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_checkpoint("llama"), tmp_path / "more-ends")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 4]}))
+    assert Runner(EngineConfig(model=str(folder), num_blocks=1)).eos_token_ids == {1, 4}
+
+
+@pytest.mark.parametrize(("family", "token_bytes"), [("llama", 768), ("gemma3", 1536)])
+def test_pages_fill_the_bytes_that_are_given(
+    family: str, token_bytes: int, tiny_checkpoint: Checkpoint
+) -> None:
+    """3 layers of keys and values, 2 heads of 16 (gemma3: 32) float32."""
+    config = EngineConfig(
+        model=str(tiny_checkpoint(family)), kv_cache_bytes=token_bytes * 32 * 5 + 100
+    )
+    assert Runner(config).num_blocks == 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kv_cache_bytes": 1000}, "kv_cache_bytes: 1000 hold no page of 32 tokens"),
+        ({"max_model_len": 513}, "max_model_len: 513 is more than the model's 512"),
+        ({"dtype": "int4"}, "dtype 'int4' is not one of auto, float32, bfloat16"),
+    ],
+)
+def test_settings_that_cannot_be_met_are_named(
+    settings: dict[str, Any], message: str, tiny_checkpoint: Checkpoint
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        Runner(EngineConfig(model=str(tiny_checkpoint("llama")), **settings))
+
+
+def test_a_shorter_length_can_be_asked(tiny_checkpoint: Checkpoint) -> None:
+    config = EngineConfig(model=str(tiny_checkpoint("llama")), num_blocks=8, max_model_len=100)
+    assert Runner(config).max_model_len == 100
+
+
+def test_only_rows_that_ask_are_sampled_in_order(runner: Runner) -> None:
+    rows = (
+        planned(5, [2, 9, 9, 7], 0, [3], True),
+        planned(2, [2, 8, 8, 8], 0, [1], False),
+        planned(4, [2, 6], 0, [0], True),
+    )
+    assert [s.seq_id for s in runner.execute(StepPlan(rows)).sampled] == [5, 4]
+
+
+def test_a_step_without_samples_gives_none(runner: Runner) -> None:
+    assert runner.execute(StepPlan((planned(2, [2, 8, 8], 0, [1], False),))).sampled == ()
+
+
+def test_batch_lays_rows_out_one_after_another() -> None:
+    rows = (
+        planned(1, [10, 11, 12, 13, 14, 15], 5, [7, 2], True),
+        planned(2, [20, 21, 22, 23, 24], 1, [0, 4], False),
+    )
+    batch = build_batch(StepPlan(rows), 4, CPU)
+    assert batch.token_ids.tolist() == [15, 21, 22]
+    assert batch.positions.tolist() == [5, 1, 2]
+    assert batch.sample_at.tolist() == [0]
+    assert batch.paged.slots.tolist() == [2 * 4 + 1, 1, 2]
+    assert batch.paged.query_starts == (0, 1, 3)
+    assert batch.paged.seq_lens == (6, 3)
+    assert batch.paged.lengths.tolist() == [6, 3]
+    assert batch.paged.num_decodes == 1
+    assert batch.paged.block_tables.tolist() == [[7, 2], [0, 4]]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (planned(3, [2, 8], 2, [0], True), r"sequence 3: tokens 2..2 of 2 planned"),
+        (planned(3, [2] * 9, 0, [0, 1], True), "sequence 3: 9 tokens do not fit its 2 pages"),
+        (planned(3, [2], 0, [0], False), "sequence 3: tokens 0..2 of 1 planned"),
+    ],
+)
+def test_contradicting_rows_are_named(row: Row, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_batch(StepPlan((row,)), 4, CPU)
+
+
+def test_a_sample_before_the_last_token_is_refused() -> None:
+    early = Row(3, [1, 2, 3], 0, 2, (0,), True, SamplingParams(), 3)
+    with pytest.raises(ValueError, match="a sample is asked before its last token"):
+        build_batch(StepPlan((early,)), 4, CPU)
+
+
+def test_warm_up_chooses_and_says_the_thread_count(
+    tiny_checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    runner = Runner(EngineConfig(model=str(tiny_checkpoint("llama")), num_blocks=2))
+    with caplog.at_level(logging.INFO):
+        runner.warm_up()
+    assert "compute threads: " in caplog.text
+    torch.set_num_threads(1)
+
+
+def test_the_thread_count_follows_the_runner_into_every_thread(
+    tiny_checkpoint: Checkpoint,
+) -> None:
+    runner = Runner(EngineConfig(model=str(tiny_checkpoint("llama")), num_blocks=2, threads=1))
+    counts: list[int] = []
+
+    def elsewhere() -> None:
+        torch.set_num_threads(2)
+        runner.execute(StepPlan((planned(1, [2, 3], 0, [0], True),)))
+        counts.append(torch.get_num_threads())
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert counts == [1]
