@@ -110,7 +110,8 @@ serve_vllm() { # PORT [option...]: eager, as compiling takes a minute and gains 
   export VLLM_HOST_IP=127.0.0.1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1
   exec "$root/vllm/venv/bin/vllm" serve "$folder" --served-model-name "$model" \
     --host 127.0.0.1 --port "$1" --dtype bfloat16 --enforce-eager \
-    --max-model-len 4096 --max-num-seqs 16 "${@:2}"
+    --max-model-len 4096 --max-num-seqs 16 \
+    --enable-prompt-tokens-details --enable-per-request-metrics "${@:2}"
 }
 
 serve_envoy() { # PORT UPSTREAM_URL [option...]: a plain proxy without timeouts
