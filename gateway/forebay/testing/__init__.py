@@ -9,7 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from forebay.testing.adapter import AdapterContract, Bench, Scenario, chat_request
+    from forebay.testing.adapter import (
+        AdapterContract,
+        Bench,
+        Scenario,
+        adapter_context,
+        chat_request,
+    )
     from forebay.testing.policy import PolicyContract, make_request, make_snapshot
     from forebay.testing.server import Exchange, ScriptedServer
 
@@ -20,6 +26,7 @@ __all__ = [
     "PolicyContract",
     "Scenario",
     "ScriptedServer",
+    "adapter_context",
     "chat_request",
     "make_request",
     "make_snapshot",
@@ -32,6 +39,7 @@ _HOMES = {
     "PolicyContract": "policy",
     "Scenario": "adapter",
     "ScriptedServer": "server",
+    "adapter_context": "adapter",
     "chat_request": "adapter",
     "make_request": "policy",
     "make_snapshot": "policy",

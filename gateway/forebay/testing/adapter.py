@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from enum import Enum
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import msgspec
@@ -20,6 +21,7 @@ from msgspec import Raw, Struct
 
 from forebay.api import (
     Adapter,
+    AdapterContext,
     Attempt,
     BackendBusy,
     BackendError,
@@ -41,8 +43,9 @@ from forebay.api import (
     StreamTruncated,
 )
 from forebay.testing.answer import Answer, read_answer
+from forebay.transport import connect
 
-__all__ = ["AdapterContract", "Bench", "Scenario", "chat_request"]
+__all__ = ["AdapterContract", "Bench", "Scenario", "adapter_context", "chat_request"]
 
 
 class Scenario(Enum):
@@ -105,6 +108,11 @@ def chat_request(
         include_usage=include_usage,
         fields={name: Raw(msgspec.json.encode(value)) for name, value in body.items()},
     )
+
+
+def adapter_context(data_dir: Path = Path()) -> AdapterContext:
+    """What the gateway would hand to the adapter of a backend called ``test``: real connections."""
+    return AdapterContext(name="test", connect=connect, data_dir=data_dir)
 
 
 Test = Callable[[Any], Coroutine[Any, Any, None]]
@@ -223,7 +231,8 @@ class AdapterContract(ABC):
     @_in_loop
     async def test_closing_what_never_began_does_nothing(self) -> None:
         async with self.bench(Scenario.HEALTHY) as bench:
-            await stream(bench.adapter, chat_request()).aclose()
+            request = chat_request(endpoint=self.endpoints[0])
+            await stream(bench.adapter, request).aclose()
             assert bench.busy() == 0
 
     async def _cancel(self, bench: Bench, request: GenerateRequest, after: int) -> None:
