@@ -39,7 +39,7 @@ class BlockPool:
             )
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._prefix_cache = prefix_cache
+        self.prefix_cache = prefix_cache
         self._key = secrets.token_bytes(32)
         self._holders = [0] * num_blocks
         # Popped from the end: block 0 is handed out first.
@@ -103,7 +103,7 @@ class BlockPool:
         """
         if self._holders[block] == 0 or len(tokens) != self.block_size:
             raise ValueError(f"block {block} is not held, or not full: {len(tokens)} tokens")
-        if not self._prefix_cache:
+        if not self.prefix_cache:
             return parent
         content = self._describe(parent, tokens)
         if content.digest not in self._by_digest:

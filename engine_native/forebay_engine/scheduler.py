@@ -233,6 +233,8 @@ class Scheduler:
         # The last token is always computed: its logits are what the step is for.
         reusable = len(sequence.token_ids) - 1
         cached, digest = self.pool.match(sequence.token_ids[:reusable], entry.root)
+        if self._computed_soon(entry, (len(cached) + 1) * self.pool.block_size):
+            return False
         fresh = self.pool.blocks_for(len(sequence.token_ids)) - len(cached)
         # One block each is left to those who run, or they would soon preempt what is admitted now.
         if fresh + self.pool.idle(cached) + self.running > self.pool.available:
@@ -251,11 +253,30 @@ class Scheduler:
             self.counters.cached_tokens += sequence.num_cached
         return True
 
+    def _computed_soon(self, entry: _Entry, end: int) -> bool:
+        """Whether a running prompt with the same tokens up to ``end`` has yet to compute the last.
+
+        Then it pays to wait: choices of one prompt, and requests that arrive together, so compute
+        what they share once. They lose little, as older prompts go first in any case.
+        """
+        tokens = entry.sequence.token_ids
+        if not self.pool.prefix_cache or end >= len(tokens):
+            return False
+        return any(
+            other.missing > 1
+            and other.root == entry.root
+            and other.sequence.num_computed < end <= len(other.sequence.token_ids)
+            and other.sequence.token_ids[:end] == tokens[:end]
+            for other in self._running
+        )
+
     def _reserve(self, entry: _Entry, count: int) -> bool:
         """Blocks up to the row's end."""
         sequence = entry.sequence
         needed = self.pool.blocks_for(sequence.num_computed + count) - len(sequence.block_table)
-        taken = self.pool.allocate(max(0, needed))
+        if needed <= 0:
+            return True
+        taken = self.pool.allocate(needed)
         sequence.block_table.extend(taken or ())
         return taken is not None
 

@@ -137,9 +137,11 @@ class _Connection:
         if not task.done():
             task.cancel()
             return
-        request, engine = task.result(), self._server.engine
-        if request is not None and engine is not None:
-            engine.abort(request)
+        engine = self._server.engine
+        if engine is not None and not task.cancelled() and task.exception() is None:
+            request = task.result()
+            if request is not None:
+                engine.abort(request)
 
 
 def _version() -> str:

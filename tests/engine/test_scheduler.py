@@ -137,6 +137,16 @@ def test_a_second_equal_prompt_computes_its_last_block_only() -> None:
     assert scheduler.counters.cached_tokens == 4
 
 
+def test_what_arrives_together_computes_what_it_shares_once() -> None:
+    for prefix_cache in (True, False):
+        scheduler = make_scheduler(blocks=60, budget=8, prefix_cache=prefix_cache)
+        for id in range(4):
+            scheduler.add(make_sequence(id, [*range(8), 1, 2, 3, 4, id, 6, id], max_tokens=1))
+        finish(scheduler)
+        # 15 tokens each; twelve of them, six blocks, are the same.
+        assert scheduler.counters.computed_tokens == (15 + 3 * 3 if prefix_cache else 4 * 15)
+
+
 def test_salts_keep_tenants_apart() -> None:
     scheduler, runner = make_scheduler(blocks=40), ShadowRunner(2)
     for id, salt in enumerate((b"a", b"b", b"a")):
