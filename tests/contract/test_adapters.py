@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
 
 import pytest
 
-from forebay.api import AdapterContext
-from forebay.testing import AdapterContract, Bench, Scenario
-from forebay.transport import connect
+from forebay.testing import AdapterContract, Bench, Scenario, adapter_context
 from forebay_plugins import llamacpp, openai, vllm
 from forebay_plugins.simulated import Failures, SimulatedAdapter, SimulatedSettings
 
@@ -77,6 +74,5 @@ class TestSimulated(AdapterContract):
             decode_rate=0,
             failures=self.failures.get(scenario, Failures()),
         )
-        context = AdapterContext(name="test", connect=connect, data_dir=Path())
-        adapter = SimulatedAdapter(settings, context)
+        adapter = SimulatedAdapter(settings, adapter_context())
         yield Bench(adapter, lambda: adapter.running + adapter.waiting)

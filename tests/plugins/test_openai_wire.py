@@ -6,7 +6,6 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 
 from forebay.api import (
     Adapter,
-    AdapterContext,
     Attempt,
     BackendBusy,
     BackendError,
@@ -28,10 +26,9 @@ from forebay.api import (
     Timings,
     Usage,
 )
-from forebay.testing import Exchange, ScriptedServer, chat_request
+from forebay.testing import Exchange, ScriptedServer, adapter_context, chat_request
 from forebay.testing.adapter import collect
 from forebay.testing.answer import read_answer
-from forebay.transport import connect
 from forebay_plugins import llamacpp, openai, vllm
 from forebay_plugins.openai_errors import error_of
 from forebay_plugins.prometheus_text import samples
@@ -50,8 +47,7 @@ async def serving(
     (kind,) = module.adapters()
     async with ScriptedServer(script) as server:
         made = kind.settings(adapter=kind.name, url=server.url, **settings)
-        context = AdapterContext(name="test", connect=connect, data_dir=Path())
-        adapter = kind.build(made, context)
+        adapter = kind.build(made, adapter_context())
         await adapter.start()
         try:
             yield adapter, server
