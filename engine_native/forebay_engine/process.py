@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -86,7 +87,7 @@ async def serve(
     await asyncio.wait([work, ending], return_when=asyncio.FIRST_COMPLETED)
     status = _status(work) if work.done() else 0
     listener.close()
-    await asyncio.to_thread(socket.unlink, missing_ok=True)
+    await asyncio.to_thread(_remove, socket, watch_stdin)
     if tracing is not None:
         await asyncio.to_thread(tracing.close)
     logging.shutdown()
@@ -129,6 +130,14 @@ def _status(work: asyncio.Task[None]) -> int:
         return EXIT_REFUSED
     log.critical("the engine failed", exc_info=error)
     return 1
+
+
+def _remove(socket: Path, folder_too: bool) -> None:
+    """Remove the socket, and the folder that a client made for it and may not live to remove."""
+    socket.unlink(missing_ok=True)
+    if folder_too:
+        with suppress(OSError):
+            socket.parent.rmdir()
 
 
 def _watch_stdin(loop: asyncio.AbstractEventLoop, end: asyncio.Event) -> None:

@@ -288,11 +288,14 @@ def test_the_process_dies_with_its_parent(tmp_path: Path) -> None:
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
     assert alive(pid)
+    socket = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[3].decode()
+    assert Path(socket).exists()
     # Without a chance to say goodbye.
     parent.kill()
     parent.wait()
     parent.stdout.close()
     assert gone_within(pid, 10)
+    assert not Path(socket).parent.exists()
 
 
 def test_the_process_stands_back_behind_the_gateway(tmp_path: Path) -> None:

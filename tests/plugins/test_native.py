@@ -260,11 +260,14 @@ async def test_stops_penalties_and_the_rest_reach_the_engine() -> None:
 async def test_what_the_engine_cannot_do_is_refused_by_name(
     change: dict[str, Any], param: str
 ) -> None:
+    adapter = NativeAdapter(NativeSettings(adapter="native", path="x"), context(FAKES, {}))
+    with pytest.raises(BackendRefused) as refusal:
+        await collect(adapter, msgspec.structs.replace(completion("a"), **change))
+    assert refusal.value.param == param
+
+
+async def test_a_probe_tells_what_it_can_do() -> None:
     async with native() as adapter:
-        request = msgspec.structs.replace(completion("a"), **change)
-        with pytest.raises(BackendRefused) as refusal:
-            await collect(adapter, request)
-        assert refusal.value.param == param
         capabilities = await adapter.probe()
         assert {capabilities.tools, capabilities.schema, capabilities.multimodal} == {False}
         assert not capabilities.extra_fields
