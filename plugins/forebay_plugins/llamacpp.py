@@ -12,7 +12,6 @@ from msgspec import Struct
 
 from forebay.api import (
     AdapterKind,
-    BackendFailed,
     Capabilities,
     GenerateRequest,
     HttpBackendSettings,
@@ -48,6 +47,7 @@ class Props(Struct):
     default_generation_settings: Generation
     model_alias: str = ""
     build_info: str = ""
+    endpoint_metrics: bool = True
     modalities: dict[str, bool] = {}
     chat_template_caps: dict[str, bool] = {}
 
@@ -65,11 +65,13 @@ class LlamaCppAdapter(OpenAIServer):
     always_streams = True
     usage_by_choice = True
     _context_size = 0
+    _metrics = True
 
     async def probe(self) -> Capabilities:
         await self.get("/health")  # 503 while the model is being loaded
         props: Props = await self.get_json("/props", Props)
         self._context_size = props.default_generation_settings.n_ctx
+        self._metrics = props.endpoint_metrics
         return Capabilities(
             tools=props.chat_template_caps.get("supports_tools", False),
             schema=True,
@@ -83,10 +85,9 @@ class LlamaCppAdapter(OpenAIServer):
 
     async def load(self) -> Load | None:
         """None if the server was started without `--metrics`."""
-        try:
-            page = await self.get("/metrics")
-        except BackendFailed:
+        if not self._metrics:
             return None
+        page = await self.get("/metrics")
         running = samples(page, "llamacpp:requests_processing")
         waiting = samples(page, "llamacpp:requests_deferred")
         return Load(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from forebay import testing
 from forebay.api import (
     Adapter,
     Attempt,
@@ -84,6 +85,13 @@ def test_good_answers_pass() -> None:
 def test_bad_answers_fail(events: list[Event]) -> None:
     with pytest.raises(AssertionError):
         read_answer(chat_request(), events)
+
+
+def test_the_package_gives_what_it_lists() -> None:
+    for name in testing.__all__:
+        assert getattr(testing, name).__name__ == name
+    with pytest.raises(AttributeError, match="nonesuch"):
+        testing.nonesuch  # noqa: B018 - the access is what is tested
 
 
 class Careless(Adapter):

@@ -317,9 +317,20 @@ async def test_llamacpp_probe_load_and_timings(fakes: ModuleType) -> None:
     assert finished == Finished(Usage(11, 5, 4), timings, ("length",))
 
 
-async def test_llamacpp_without_metrics_has_no_load() -> None:
-    error = {"error": {"code": 501, "message": "start it with --metrics", "type": "x"}}
-    async with serving(llamacpp, answering(501, error)) as (adapter, _):
+async def test_llamacpp_without_metrics_has_no_load(fakes: ModuleType) -> None:
+    async def script(exchange: Exchange) -> None:
+        if exchange.path == "/metrics":
+            exchange.answer(501, {"error": {"code": 501, "message": "start it with --metrics"}})
+        elif exchange.path == "/props":
+            settings = {"default_generation_settings": {"n_ctx": 512}, "total_slots": 1}
+            exchange.answer(200, {**settings, "endpoint_metrics": False})
+        else:
+            fakes.LlamaCpp.get(exchange, fakes.Scenario.HEALTHY)
+
+    async with serving(llamacpp, script) as (adapter, _):
+        with pytest.raises(BackendFailed, match="--metrics"):
+            await adapter.load()
+        await adapter.probe()
         assert await adapter.load() is None
 
 
