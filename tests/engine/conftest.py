@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,7 @@ def _tokenizer() -> Tokenizer:
 
 
 def _save(family: str, folder: Path) -> Path:
-    import transformers as hf
-
+    hf: Any = import_module("transformers")  # untyped calls
     hf.utils.logging.disable_progress_bar()
     torch.manual_seed(FAMILIES.index(family))
     model = hf.AutoModelForCausalLM.from_config(_family_config(family)).float()

@@ -88,7 +88,7 @@ def test_tokenizer_merges_by_score_and_falls_back_to_bytes(tiny_gguf: Path, tmp_
     convert(tiny_gguf, tmp_path, ignore)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
 
-    def pieces(text: str) -> list[str]:
+    def pieces(text: str) -> list[str | None]:
         return [tokenizer.id_to_token(i) for i in tokenizer.encode(text).ids]
 
     assert pieces("ab") == ["<bos>", "ab"]

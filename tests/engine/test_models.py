@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,7 @@ def prompts(*lengths: int) -> list[list[int]]:
 
 
 def reference_model(folder: Path, dtype: torch.dtype) -> Any:
-    import transformers as hf
-
+    hf: Any = import_module("transformers")  # untyped calls
     hf.utils.logging.disable_progress_bar()
     return hf.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 

@@ -236,7 +236,7 @@ def test_as_many_logprobs_as_asked(asked: int | None, count: int | None) -> None
     assert (None if got.logprob is None else len(got.top)) == count
 
 
-def mixed_in_numpy(seed: int, position: int, ids: npt.NDArray[np.uint32]) -> npt.NDArray[Any]:
+def mixed_in_numpy(seed: int, position: int, ids: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
     """The noise's hash in unsigned arithmetic, which torch's int32 has to reproduce."""
 
     def mix(z: int) -> int:
@@ -246,11 +246,12 @@ def mixed_in_numpy(seed: int, position: int, ids: npt.NDArray[np.uint32]) -> npt
         return z ^ (z >> 31)
 
     key = mix(mix(seed % 2**64) ^ position)
-    x = ids ^ np.uint32(key % 2**32)
+    x: npt.NDArray[Any] = ids ^ np.uint32(key % 2**32)
     x = (x ^ (x >> 17)) * np.uint32(0xED5AD4BB) + np.uint32(key >> 32)
     x = (x ^ (x >> 11)) * np.uint32(0xAC4C1B51)
     x = (x ^ (x >> 15)) * np.uint32(0x31848BAB)
-    return (x ^ (x >> 14)) & np.uint32(0x7FFFFFFF)
+    bits: npt.NDArray[np.uint32] = (x ^ (x >> 14)) & np.uint32(0x7FFFFFFF)
+    return bits
 
 
 @pytest.mark.parametrize(("seed", "position"), [(0, 0), (1, 5), (-1, 131071), (2**63 + 11, 7)])
