@@ -75,11 +75,21 @@ async def _run(app: App, data: socket.socket, admin: socket.socket, on_ready: Re
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    try:
+        await app.start()
+        await _listen(app, data, admin, on_ready, stop)
+    finally:
+        await app.aclose()
+
+
+async def _listen(
+    app: App, data: socket.socket, admin: socket.socket, on_ready: Ready, stop: asyncio.Event
+) -> None:
+    """Serve until ``stop`` is set, then drain."""
     servers = [
         listener(app.data_asgi, app.config.drain_timeout),
         listener(app.admin_asgi, 1.0),
     ]
-    await app.start()
     serving = [
         asyncio.create_task(server.serve(sockets=[bound]))
         for server, bound in zip(servers, (data, admin), strict=True)
@@ -94,7 +104,6 @@ async def _run(app: App, data: socket.socket, admin: socket.socket, on_ready: Re
     for server, task in zip(servers, serving, strict=True):
         server.should_exit = True
         await task
-    await app.aclose()
     stopped.cancel()
 
 

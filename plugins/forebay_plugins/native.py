@@ -77,6 +77,8 @@ class NativeSettings(BackendSettings, kw_only=True, frozen=True):
     """Reuse the cached pages of equal prefixes; only within a tenant."""
     threads: int = 0
     """Compute threads; 0: the engine measures and chooses."""
+    exports_traces: bool = True
+    """The engine exports spans of its own, so none are synthesised from its timings."""
 
 
 class NativeAdapter(Adapter):
