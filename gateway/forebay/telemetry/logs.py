@@ -89,10 +89,11 @@ def request_done(decision: Decision) -> None:
     if outcome is None:
         raise ValueError(f"request {decision.request_id} has no outcome yet")
     level = _LEVELS.get(outcome.result, logging.WARNING)
-    if not logging.root.isEnabledFor(level):  # else the fields are gathered for nothing
+    logger = log.bind()
+    if not logger.is_enabled_for(level):  # else the fields are gathered for nothing
         return
     usage = outcome.usage
-    log.log(
+    logger.log(
         level,
         "request done",
         request_id=decision.request_id,
