@@ -118,7 +118,6 @@ def listener(asgi: ASGIApp, grace: float) -> Listener:
             access_log=False,
             proxy_headers=False,  # nothing here trusts what a proxy says of the client
             log_config=None,
-            log_level="warning",
             server_header=False,
             date_header=False,
             timeout_keep_alive=75,  # longer than clients keep idle connections: they close first

@@ -118,16 +118,17 @@ def test_libraries_come_out_in_the_same_form(capsys: pytest.CaptureFixture[str])
         logger.addHandler(logging.StreamHandler())
         logger.propagate = False
     logs.configure(Logging())
-    logging.getLogger("uvicorn.error").info("listening on %s", "port 8000")
+    logging.getLogger("uvicorn.error").info("Started server process")
+    logging.getLogger("uvicorn.error").warning("listening on %s", "port 8000")
     logging.getLogger("litestar").error("it failed")
-    logging.getLogger("uvicorn.access").info("GET / 200")  # our own line says it better
+    logging.getLogger("uvicorn.access").info("GET / 200")
     logging.getLogger("aiohttp.client").debug("a whole body")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.warn("careful", UserWarning, stacklevel=1)
     found = lines(capsys)
     assert [(line["logger"], line["level"]) for line in found] == [
-        ("uvicorn.error", "info"),
+        ("uvicorn.error", "warning"),
         ("litestar", "error"),
         ("py.warnings", "warning"),
     ]
