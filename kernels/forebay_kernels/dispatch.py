@@ -48,7 +48,7 @@ def paged_attention(
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     first_row = 0
     if has_triton(query):
-        # Imported here: triton is not there on every system, and costs 0.3 s where it is.
+        # Imported here: triton is not there on every system, and takes 0.24 s where it is.
         from forebay_kernels.paged_decode import decode_attention
 
         first_row = batch.num_decodes

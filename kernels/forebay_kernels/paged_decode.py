@@ -13,7 +13,6 @@ query heads of a KV head are rows of one tile, so each key and value is read onc
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -34,25 +33,25 @@ _MOST_SPLITS = 32
 
 @triton.jit
 def _split_kernel(
-    query: Tensor,  # [rows, heads, dim]
-    keys: Tensor,  # [kv_heads, pages, block_size, dim]
-    values: Tensor,  # [kv_heads, pages, block_size, dim]
-    block_tables: Tensor,  # [rows, max_pages] int32
-    lengths: Tensor,  # [rows] int32
-    partial: Tensor,  # [rows, heads, splits, dim] float32: o_i
-    highest: Tensor,  # [rows, heads, splits] float32: m_i, in powers of two
-    total: Tensor,  # [rows, heads, splits] float32: l_i
-    scale: Any,
-    softcap: Any,
-    query_row: Any,
-    query_head: Any,
-    keys_head: Any,
-    keys_page: Any,
-    keys_slot: Any,
-    values_head: Any,
-    values_page: Any,
-    values_slot: Any,
-    tables_row: Any,
+    query: tl.tensor,  # [rows, heads, dim]
+    keys: tl.tensor,  # [kv_heads, pages, block_size, dim]
+    values: tl.tensor,  # [kv_heads, pages, block_size, dim]
+    block_tables: tl.tensor,  # [rows, max_pages] int32
+    lengths: tl.tensor,  # [rows] int32
+    partial: tl.tensor,  # [rows, heads, splits, dim] float32: o_i
+    highest: tl.tensor,  # [rows, heads, splits] float32: m_i, in powers of two
+    total: tl.tensor,  # [rows, heads, splits] float32: l_i
+    scale: tl.tensor,
+    softcap: tl.tensor,
+    query_row: tl.tensor,
+    query_head: tl.tensor,
+    keys_head: tl.tensor,
+    keys_page: tl.tensor,
+    keys_slot: tl.tensor,
+    values_head: tl.tensor,
+    values_page: tl.tensor,
+    values_slot: tl.tensor,
+    tables_row: tl.tensor,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -144,12 +143,12 @@ def _split_kernel(
 
 @triton.jit
 def _join_kernel(
-    partial: Tensor,  # [rows, heads, splits, dim] float32
-    highest: Tensor,  # [rows, heads, splits] float32
-    total: Tensor,  # [rows, heads, splits] float32
-    out: Any,  # [rows, heads, dim]
-    out_row: Any,
-    out_head: Any,
+    partial: tl.tensor,  # [rows, heads, splits, dim] float32
+    highest: tl.tensor,  # [rows, heads, splits] float32
+    total: tl.tensor,  # [rows, heads, splits] float32
+    out: tl.tensor,  # [rows, heads, dim]
+    out_row: tl.tensor,
+    out_head: tl.tensor,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     SPLITS: tl.constexpr,
