@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 
 from forebay.api import (
@@ -223,28 +224,14 @@ async def eventually(adapter: Adapter, count: int) -> None:
     raise AssertionError(f"the server never reported {count} requests")
 
 
-async def test_connections_are_used_again(server: tuple[str, str]) -> None:
+async def test_connections_are_used_again(adapter: Adapter, server: tuple[str, str]) -> None:
     """Or every request would open one; llama.cpp closes it after each stream, and is let to."""
-    opened = 0
-
-    async def count(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal opened
-        opened += 1
-        port = int(server[1].rsplit(":", 1)[1])
-        up_reader, up_writer = await asyncio.open_connection("127.0.0.1", port)
-        await asyncio.gather(pipe(reader, up_writer), pipe(up_reader, writer))
-
-    proxy = await asyncio.start_server(count, "127.0.0.1", 0)
-    url = f"http://127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
-    kind = {"llamacpp": llamacpp, "vllm": vllm}[server[0]]
-    async with adapter_for(kind, url, model=MODEL) as adapter:
-        for streams in (True, False, True, True):
-            await ask(adapter, chat_request(stream=streams, max_tokens=3))
-    assert opened == (4 if server[0] == "llamacpp" else 1)
-    proxy.close()
-
-
-async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while data := await reader.read(65536):
-        writer.write(data)
-    writer.close()
+    port = int(server[1].rsplit(":", 1)[1])
+    used = set()
+    for streams in (True, False, True, True):
+        await ask(adapter, chat_request(stream=streams, max_tokens=3))
+        open_now = [
+            c for c in psutil.Process().net_connections() if c.raddr and c.raddr.port == port
+        ]
+        used |= {c.laddr for c in open_now if c.status == psutil.CONN_ESTABLISHED}
+    assert len(used) == (0 if server[0] == "llamacpp" else 1)
