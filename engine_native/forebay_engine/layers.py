@@ -180,7 +180,7 @@ def linear(weights: Weights, name: str, out: int, into: int, *, bias: bool) -> L
 
 
 def _merged(weights: Weights, parts: dict[str, int], into: int, *, bias: bool) -> Linear:
-    """Layers that read the same input as one: their input is read once, and they are called once."""
+    """Layers that read the same input as one: it is read once, and one call is made."""
     weight = torch.cat([weights.take(f"{name}.weight", n, into) for name, n in parts.items()])
     if not bias:
         return Linear(weight)

@@ -2,8 +2,8 @@
 
 Each is tested against its reference. Attention is torch's fused one, fed so that it is fast on a
 CPU: a group's query heads are rows of one problem (with ``enable_gqa`` it moves 2 GB/s instead of
-10), masks are boolean and already expanded (an additive one made 8 rows of bf16 9 times slower), and gathers
-stay small.
+10), masks are boolean and already expanded (an additive one made 8 rows of bf16 9 times slower),
+and gathers stay small.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Triton kernels compile for a GPU, which takes none: the interpreter accepts more than that."""
+"""The Triton kernels compile, which takes no GPU: their interpreter accepts more."""
 
 from __future__ import annotations
 
