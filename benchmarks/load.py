@@ -32,6 +32,8 @@ class RequestResult:
     seconds: float
     latencies: Sequence[float]
     failures: int
+    #: Requests answered in all, those of the warm-up too.
+    answered: int
 
     @property
     def rate(self) -> float:
@@ -112,6 +114,7 @@ async def run_requests(url: str, model: str, connections: int, seconds: float) -
     loops = [ClosedLoop(request, latencies) for _ in range(connections)]
     await asyncio.gather(*(_connect(url, loop) for loop in loops))
     await asyncio.sleep(seconds / 5)
+    warm_up = len(latencies)
     latencies.clear()
     started = time.perf_counter()
     await asyncio.sleep(seconds)
@@ -119,7 +122,8 @@ async def run_requests(url: str, model: str, connections: int, seconds: float) -
     for loop in loops:
         loop.running = False
         loop.transport.close()
-    return RequestResult(elapsed, measured, sum(loop.failures for loop in loops))
+    failures = sum(loop.failures for loop in loops)
+    return RequestResult(elapsed, measured, failures, warm_up + len(measured))
 
 
 class Stream(asyncio.Protocol):

@@ -7,10 +7,11 @@ The target runs on core 0; the mock upstream and this load generator share core 
 interleaved (every target once, then again), so that a noisy machine hurts all alike, and the
 table shows medians. Compare the ratios: absolute figures move with the machine.
 
-- requests/s: closed loop on 10 connections, canned answers
+- requests/s: closed loop on 10 connections, canned answers; CPU per request: CPU time of the
+  target's process tree divided by the requests it answered, which a busy machine distorts less
 - added latency: median at one connection, less the direct median of the same round
-- CPU per event: CPU time of the target's process tree over a window in which 256 streams run
-  at 50 events a second each, divided by the events that reached the client in it
+- CPU per event: the same over a window in which 256 streams run at 50 events a second each,
+  divided by the events that reached the client in it
 - memory: resident set of the tree in that window
 """
 
@@ -58,6 +59,7 @@ class Measurement:
     requests_per_second: float
     p50_at_one: float
     p99_at_ten: float
+    cpu_per_request: float
     cpu_per_event: float
     events_per_second: float
     memory: int
@@ -163,7 +165,10 @@ async def measure_streams(
 
 async def measure(url: str, target: psutil.Process, seconds: float) -> Measurement:
     single = await run_requests(url, "mock", 1, seconds)
+    processes = tree(target)
+    before = cpu_seconds(processes)
     many = await run_requests(url, "mock", CONNECTIONS, seconds)
+    cpu_per_request = (cpu_seconds(processes) - before) / max(many.answered, 1)
     cpu, events, memory, failures = await measure_streams(url, target, seconds)
     for failure in failures[:3]:
         print(f"{url}: {failure}", file=sys.stderr)
@@ -171,6 +176,7 @@ async def measure(url: str, target: psutil.Process, seconds: float) -> Measureme
         requests_per_second=many.rate,
         p50_at_one=single.percentile(0.5),
         p99_at_ten=many.percentile(0.99),
+        cpu_per_request=cpu_per_request,
         cpu_per_event=cpu,
         events_per_second=events,
         memory=memory,
@@ -208,35 +214,40 @@ def summarise(rounds: list[dict[str, Measurement]]) -> dict[str, dict[str, float
     for name, row in summary.items():
         if name != "direct" and "envoy" in summary:
             envoy = summary["envoy"]
-            row["requests_vs_envoy"] = row["requests_per_second"] / envoy["requests_per_second"]
-            row["cpu_vs_envoy"] = row["cpu_per_event"] / envoy["cpu_per_event"]
+            row["rate_vs_envoy"] = row["requests_per_second"] / envoy["requests_per_second"]
+            for key in ("cpu_per_request", "cpu_per_event"):
+                row[f"{key}_vs_envoy"] = row[key] / envoy[key]
     return summary
 
 
+COLUMNS: dict[str, Callable[[dict[str, float]], str]] = {
+    "requests/s, 10 connections": lambda row: f"{row['requests_per_second']:,.0f}",
+    "of Envoy's": lambda row: f"{row['rate_vs_envoy']:.2f}",
+    "p99": lambda row: f"{row['p99_at_ten'] * 1e3:.1f} ms",
+    "CPU per request": lambda row: f"{row['cpu_per_request'] * 1e6:.0f} µs",
+    "times Envoy's": lambda row: f"{row['cpu_per_request_vs_envoy']:.2f}",
+    "added at 1 connection": lambda row: f"{row['added_p50'] * 1e6:.0f} µs",
+    "events/s, 256 streams": lambda row: f"{row['events_per_second']:,.0f}",
+    "CPU per event": lambda row: f"{row['cpu_per_event'] * 1e6:.1f} µs",
+    "times Envoy's ": lambda row: f"{row['cpu_per_event_vs_envoy']:.2f}",
+    "memory": lambda row: f"{row['memory'] / 1e6:.0f} MB",
+    "failures": lambda row: f"{row['failures']:.0f}",
+}
+
+
 def table(summary: dict[str, dict[str, float]]) -> str:
-    """Markdown, as it stands in docs/benchmarks.md."""
-    lines = [
-        "| target | requests/s, 10 connections | of Envoy's | p99 at 10 | added at 1 connection"
-        " | CPU per event, 256 streams | times Envoy's | events/s | memory | failures |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Markdown, as it stands in docs/benchmarks.md; a dash where a figure makes no sense."""
+    lines = ["| target | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name, row in summary.items():
-        own = [
-            f"{row['added_p50'] * 1e6:.0f} µs",
-            f"{row['cpu_per_event'] * 1e6:.1f} µs",
-            f"{row['memory'] / 1e6:.0f} MB",
-        ]
-        added, cpu, memory = ("-", "-", "-") if name == "direct" else own
-        lines.append(
-            f"| {name} | {row['requests_per_second']:,.0f} | {_ratio(row, 'requests_vs_envoy')}"
-            f" | {row['p99_at_ten'] * 1e3:.2f} ms | {added} | {cpu} | {_ratio(row, 'cpu_vs_envoy')}"
-            f" | {row['events_per_second']:,.0f} | {memory} | {row['failures']:.0f} |"
-        )
+        cells = [name]
+        for heading, cell in COLUMNS.items():
+            relative = "Envoy" in heading or "CPU" in heading or "added" in heading
+            meaningless = (name == "direct" and relative) or (
+                "Envoy" in heading and "envoy" not in summary
+            )
+            cells.append("-" if meaningless else cell(row))
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _ratio(row: dict[str, float], key: str) -> str:
-    return f"{row[key]:.2f}" if key in row else "-"
 
 
 def main() -> None:
