@@ -15,7 +15,7 @@ def test_streams_are_finished(start_gateway: Any) -> None:
     gateway = start_gateway("draining", {"drain_timeout": 60})
     with gateway.client() as client:
         stream = client.completions.create(
-            model="gemma-3-270m", prompt="one two three", max_tokens=120, stream=True
+            model="gemma-3-270m", prompt="one two three", max_tokens=60, stream=True
         )
         next(stream)
         status: list[int] = []

@@ -110,7 +110,12 @@ class TestEachBackend:
 
     def test_logprobs(self, client: openai.OpenAI, model: str) -> None:
         answer = client.chat.completions.create(
-            model=model, messages=MESSAGES, max_tokens=4, logprobs=True, top_logprobs=2
+            model=model,
+            messages=MESSAGES,
+            max_tokens=4,
+            temperature=0,
+            logprobs=True,
+            top_logprobs=2,
         )
         logprobs = answer.choices[0].logprobs
         assert logprobs is not None
