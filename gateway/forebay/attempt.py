@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
 
-from forebay.api import Event
+from msgspec import Struct
+
+from forebay.api import Event, Result
 from forebay.fleet import Backend
 from forebay.telemetry.tracing import AttemptTrace
+
+
+class Answered(Struct, frozen=True):
+    """The whole answer to an operation that generates no text."""
+
+    result: Result
+
+
+FlightEvent = Event | Answered
 
 
 class LiveAttempt:
@@ -17,10 +28,10 @@ class LiveAttempt:
         self.trace = trace
         #: Seconds after the request's arrival.
         self.started = started
-        self.events: AsyncIterator[Event]
+        self.events: AsyncIterator[FlightEvent]
         self._tokens = tokens
 
-    def begin(self, events: AsyncIterator[Event]) -> None:
+    def begin(self, events: AsyncIterator[FlightEvent]) -> None:
         self.events = events
         self.backend.in_flight += 1
         self.backend.queued_tokens += self._tokens

@@ -11,6 +11,7 @@ from msgspec import structs
 
 from forebay.admission import Admission
 from forebay.api import (
+    Adapter,
     Attempt,
     AttemptRecord,
     BackendBusy,
@@ -20,18 +21,19 @@ from forebay.api import (
     ConnectFailed,
     Decision,
     Delta,
-    Event,
     Finished,
     ForebayError,
     GenerateRequest,
     NoBackend,
+    Operation,
     Outcome,
     Overloaded,
     Relayed,
+    Request,
     StaleConnection,
     Started,
 )
-from forebay.attempt import LiveAttempt
+from forebay.attempt import Answered, FlightEvent, LiveAttempt
 from forebay.config import Model
 from forebay.fleet import Backend
 from forebay.prefix_index import PrefixIndex
@@ -47,7 +49,7 @@ class Flight:
     """One request on its way. ``open``, iterate over ``events``, and ``close`` in every case."""
 
     def __init__(
-        self, dispatch: Dispatch, request: GenerateRequest, trace: RequestTrace, arrived: float
+        self, dispatch: Dispatch, request: Request, trace: RequestTrace, arrived: float
     ) -> None:
         self.request = request
         self._dispatch = dispatch
@@ -87,7 +89,7 @@ class Flight:
     def _now(self) -> float:
         return time.perf_counter() - self._arrived
 
-    async def open(self) -> Event:
+    async def open(self) -> FlightEvent:
         """The first event of the answer, from whichever candidate gives one.
 
         :raises ForebayError: nobody did; of several failures the last.
@@ -136,7 +138,7 @@ class Flight:
             await gate.wait_for_change()
             self._queue = self._now() - begun
 
-    async def _first(self, backend: Backend, tokens: int) -> Event:
+    async def _first(self, backend: Backend, tokens: int) -> FlightEvent:
         """One attempt up to its first event that says something."""
         request, settings = self.request, self._settings
         number = len(self._attempts) + 1
@@ -145,7 +147,7 @@ class Flight:
         )
         attempt = Attempt(number=number, headers=trace.headers, timeouts=settings.timeouts)
         live = self._live = LiveAttempt(backend, tokens, trace, self._now())
-        live.begin(backend.adapter.stream(request, attempt))
+        live.begin(_work(backend.adapter, request, attempt))
         self._watchdog.wait("first_token", settings.timeouts.first_token)
         try:
             event = await self._next(live)
@@ -168,7 +170,7 @@ class Flight:
             raise RuntimeError("nothing was decided yet")
         return self._choice
 
-    async def _next(self, live: LiveAttempt) -> Event:
+    async def _next(self, live: LiveAttempt) -> FlightEvent:
         """The adapter's next event; whatever goes wrong there becomes a BackendError."""
         try:
             event = await anext(live.events)
@@ -188,13 +190,15 @@ class Flight:
             self._finished = event
         elif isinstance(event, Relayed):
             self._events += event.events
+        elif isinstance(event, Answered):
+            self._events += 1
         elif isinstance(event, Delta):
             self._events += 1
             if event.finish_reason is not None:
                 self._reasons[event.index] = event.finish_reason
         return event
 
-    async def events(self, first: Event) -> AsyncIterator[Event]:
+    async def events(self, first: FlightEvent) -> AsyncIterator[FlightEvent]:
         """All events, ``first`` included; ends after ``Finished``.
 
         :raises BackendError: the stream broke. Nothing is retried any more.
@@ -337,6 +341,21 @@ class Flight:
         self._dispatch.index.learn(choice.key, backend.name, finished.usage, predicted)
 
 
+def _work(adapter: Adapter, request: Request, attempt: Attempt) -> AsyncIterator[FlightEvent]:
+    if isinstance(request, GenerateRequest):
+        return adapter.stream(request, attempt)
+    return _one(adapter, request, attempt)
+
+
+async def _one(
+    adapter: Adapter, request: Operation, attempt: Attempt
+) -> AsyncIterator[FlightEvent]:
+    """An operation as a stream of one answer, so that all that holds for streams holds for it."""
+    result = await adapter.perform(request, attempt)
+    yield Answered(result)
+    yield Finished(result.usage)
+
+
 class Dispatch:
     """Makes flights; holds what they all need."""
 
@@ -354,7 +373,7 @@ class Dispatch:
         self.index = index
         self.recorder = recorder
 
-    def flight(self, request: GenerateRequest, trace: RequestTrace, arrived: float) -> Flight:
+    def flight(self, request: Request, trace: RequestTrace, arrived: float) -> Flight:
         """``arrived`` by ``time.perf_counter``.
 
         :raises UnknownModel: nobody serves the request's model.

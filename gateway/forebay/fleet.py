@@ -17,8 +17,8 @@ from forebay.api import (
     BackendSettings,
     BackendView,
     Capabilities,
-    GenerateRequest,
     Load,
+    Request,
 )
 from forebay.config import Config
 from forebay.health import Health, State
@@ -105,7 +105,7 @@ class Backend:
             prefix_tokens=prefix_tokens,
         )
 
-    def lacks(self, request: GenerateRequest) -> str | None:
+    def lacks(self, request: Request) -> str | None:
         """The capability that the request needs and this backend has not, in words."""
         able = self.capabilities
         if able is None:

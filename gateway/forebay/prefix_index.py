@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from msgspec import Struct
 from xxhash import xxh3_64_intdigest
 
-from forebay.api import GenerateRequest, Message, Usage
+from forebay.api import Message, Request, Usage
 
 __all__ = ["PrefixIndex", "PrefixKey"]
 
@@ -102,7 +102,7 @@ class PrefixIndex:
         #: For each model: bytes and tokens of the prompts seen, the past fading.
         self._seen: dict[str, tuple[float, float]] = {}
 
-    def key(self, request: GenerateRequest) -> PrefixKey:
+    def key(self, request: Request) -> PrefixKey:
         """Hash the request's prompt. Tenants never match each other's prefixes."""
         seed = xxh3_64_intdigest(_encode(f"{request.model}{_FIELD}{request.identity.tenant}"))
         if request.prompts:
@@ -115,7 +115,7 @@ class PrefixIndex:
         hashes = self._hash(hashed, seed)
         return PrefixKey(request.model, hashes, len(data), None, not request.needs_multimodal)
 
-    def _completion_key(self, request: GenerateRequest, seed: int) -> PrefixKey:
+    def _completion_key(self, request: Request, seed: int) -> PrefixKey:
         texts = [prompt for prompt in request.prompts if isinstance(prompt, str)]
         if texts:
             data = _encode(_RECORD.join(map(_prompt_text, request.prompts)))
@@ -271,7 +271,7 @@ def _prompt_text(prompt: str | tuple[int, ...]) -> str:
     return prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
 
 
-def _chat_text(request: GenerateRequest, *, stop_at_media: bool = False) -> Iterator[str]:
+def _chat_text(request: Request, *, stop_at_media: bool = False) -> Iterator[str]:
     """The pieces of a chat prompt in the order in which chat templates place them: tools first."""
     tools = request.fields.get("tools")
     if tools is not None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import structlog
 from msgspec import Struct
 
-from forebay.api import BackendView, Candidate, GenerateRequest, Policy, Score, Snapshot
+from forebay.api import BackendView, Candidate, Policy, Request, Score, Snapshot
 
 log = structlog.get_logger("forebay.routing")
 
@@ -27,7 +27,7 @@ class Ranking(Struct, frozen=True):
     fault: str | None = None
 
 
-def rank(policy: Policy, request: GenerateRequest, snapshot: Snapshot) -> Ranking:
+def rank(policy: Policy, request: Request, snapshot: Snapshot) -> Ranking:
     """Ask the policy; a policy that fails is replaced by least connections for this request.
 
     Failing open is deliberate: a mistake in somebody's policy must not take the service down. It is

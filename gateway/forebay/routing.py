@@ -11,10 +11,10 @@ from msgspec import Struct
 from forebay.api import (
     Candidate,
     Decision,
-    GenerateRequest,
     Need,
     NoBackend,
     Policy,
+    Request,
     Snapshot,
     UnknownModel,
     Unsupported,
@@ -64,7 +64,7 @@ class Router:
                 param="model",
             )
 
-    def choose(self, request: GenerateRequest, arrived: float, trace_id: str) -> Choice:
+    def choose(self, request: Request, arrived: float, trace_id: str) -> Choice:
         """Decide who may serve the request, in which order. ``arrived``: Unix seconds."""
         route = self._routes[request.model]
         open_, vetoed = self._sort_out(request)
@@ -109,7 +109,7 @@ class Router:
         )
 
     def _sort_out(
-        self, request: GenerateRequest
+        self, request: Request
     ) -> tuple[list[tuple[Backend, float]], tuple[Candidate, ...]]:
         """Split the model's backends into those that may serve now, and the vetoed."""
         now = time.monotonic()
@@ -137,7 +137,7 @@ class Router:
         )
 
     def _prefixes(
-        self, policy: Policy, request: GenerateRequest, open_: list[tuple[Backend, float]]
+        self, policy: Policy, request: Request, open_: list[tuple[Backend, float]]
     ) -> tuple[PrefixKey | None, int, list[int]]:
         if Need.PREFIX not in policy.needs:
             return None, 0, [0] * len(open_)

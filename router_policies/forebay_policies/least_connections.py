@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from forebay.api import GenerateRequest, Policy, PolicyKind, Score, Snapshot
+from forebay.api import Policy, PolicyKind, Request, Score, Snapshot
 
 __all__ = ["KIND", "LeastConnections"]
 
@@ -28,7 +28,7 @@ __all__ = ["KIND", "LeastConnections"]
 class LeastConnections(Policy):
     """Weighted least connections; equals are drawn by the gateway."""
 
-    def score(self, request: GenerateRequest, snapshot: Snapshot) -> Sequence[Score]:
+    def score(self, request: Request, snapshot: Snapshot) -> Sequence[Score]:
         loads = [(b.in_flight + 1) / b.weight for b in snapshot.backends]
         least = min(loads)
         return [least / load for load in loads]

@@ -25,7 +25,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
-from forebay.api import GenerateRequest, Policy, PolicyKind, Score, Snapshot
+from forebay.api import Policy, PolicyKind, Request, Score, Snapshot
 
 __all__ = ["KIND", "PowerOfTwo"]
 
@@ -36,14 +36,14 @@ _GOLDEN = 0x9E3779B97F4A7C15
 class PowerOfTwo(Policy):
     """Two distinct draws from the seed, the lower load wins."""
 
-    def score(self, request: GenerateRequest, snapshot: Snapshot) -> Sequence[Score]:
+    def score(self, request: Request, snapshot: Snapshot) -> Sequence[Score]:
         loads = _loads(snapshot)
         least = min(loads)
         scores = [0.5 * least / load for load in loads]
         scores[_winner(loads, snapshot.seed)] = 1.0
         return scores
 
-    def propensity(self, request: GenerateRequest, snapshot: Snapshot) -> Sequence[float] | None:
+    def propensity(self, request: Request, snapshot: Snapshot) -> Sequence[float] | None:
         loads = _loads(snapshot)
         count = len(loads)
         if count == 1:

@@ -47,11 +47,11 @@ from msgspec import Meta
 
 from forebay.api import (
     BackendView,
-    GenerateRequest,
     Need,
     Policy,
     PolicyKind,
     PolicySettings,
+    Request,
     Score,
     Snapshot,
 )
@@ -80,7 +80,7 @@ class PrefixAffinity(Policy):
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
-    def score(self, request: GenerateRequest, snapshot: Snapshot) -> Sequence[Score]:
+    def score(self, request: Request, snapshot: Snapshot) -> Sequence[Score]:
         busy = [_busy(view) for view in snapshot.backends]
         costs = self._costs(snapshot, busy)
         within = self._within(snapshot.backends, busy)

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from forebay.api import GenerateRequest, Policy, PolicyKind, Score, Snapshot
+from forebay.api import Policy, PolicyKind, Request, Score, Snapshot
 
 __all__ = ["KIND", "RoundRobin"]
 
@@ -36,7 +36,7 @@ __all__ = ["KIND", "RoundRobin"]
 class RoundRobin(Policy):
     """Smooth weighted round robin over ``BackendView.turns``."""
 
-    def score(self, request: GenerateRequest, snapshot: Snapshot) -> Sequence[Score]:
+    def score(self, request: Request, snapshot: Snapshot) -> Sequence[Score]:
         backends = snapshot.backends
         count = len(backends)
         due = (sum(b.turns for b in backends) + 1) / sum(b.weight for b in backends)

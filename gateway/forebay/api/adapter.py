@@ -13,8 +13,10 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
+from forebay.api.errors import Unsupported
 from forebay.api.http import Upstream
 from forebay.api.messages import Attempt, Endpoint, Event, GenerateRequest
+from forebay.api.operations import Operation, Result
 
 __all__ = [
     "Adapter",
@@ -112,7 +114,8 @@ class Adapter(ABC):
 
         An async generator. Either lane, never mixed: ``Started Delta* Finished`` or ``Relayed+
         Finished``. For a request that does not stream, either is fine too: one ``Relayed`` with the
-        whole JSON body, or the typed events, which the gateway puts together. Closing the generator
+        whole JSON body, or the typed events, which the gateway puts together. A request with
+        ``typed`` set takes the typed events alone. Closing the generator
         (``aclose``) or cancelling the task must close the upstream at once. The gateway enforces
         the timeouts other than ``connect`` by cancelling.
 
@@ -125,6 +128,15 @@ class Adapter(ABC):
 
         :raises BackendError: it is not ready.
         """
+
+    async def perform(self, request: Operation, attempt: Attempt) -> Result:
+        """Do work that is no generation: embed, rerank, score, tokenize, detokenize, infer.
+
+        Only asked for what ``Capabilities.endpoints`` names. Cancelling must close the upstream.
+
+        :raises BackendError: as for :meth:`stream`.
+        """
+        raise Unsupported(f"this backend cannot serve {request.endpoint}")
 
     async def load(self) -> Load | None:
         """Read the backend's own load figures; None if it has none."""

@@ -29,7 +29,16 @@ __all__ = [
     "Usage",
 ]
 
-Endpoint = Literal["chat", "completions"]
+Endpoint = Literal[
+    "chat",
+    "completions",
+    "embeddings",
+    "rerank",
+    "score",
+    "tokenize",
+    "detokenize",
+    "infer",
+]
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
 
@@ -102,6 +111,8 @@ class GenerateRequest(Struct, frozen=True, kw_only=True):
     #: The client wants the usage chunk (``stream_options.include_usage``).
     include_usage: bool = False
     echo: bool = False
+    #: The client does not speak OpenAI's chat or completions dialect: no :class:`Relayed` for it.
+    typed: bool = False
     #: The request needs tool calls / a structured answer (``response_format`` beyond text).
     needs_tools: bool = False
     needs_schema: bool = False

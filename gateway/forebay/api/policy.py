@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from msgspec import Struct
 
-from forebay.api.messages import GenerateRequest
+from forebay.api.operations import Request
 
 __all__ = [
     "BackendView",
@@ -83,7 +83,7 @@ class Policy(ABC):
     version: ClassVar[str] = "1"
 
     @abstractmethod
-    def score(self, request: GenerateRequest, snapshot: Snapshot) -> Sequence[Score]:
+    def score(self, request: Request, snapshot: Snapshot) -> Sequence[Score]:
         """One score for each of ``snapshot.backends``, in order: 0 (worst) to 1 (best).
 
         None vetoes a backend for this request. The best score wins; the gateway tries the others in
@@ -91,7 +91,7 @@ class Policy(ABC):
         ``snapshot.seed``. All backends in the snapshot are healthy and have room.
         """
 
-    def propensity(self, request: GenerateRequest, snapshot: Snapshot) -> Sequence[float] | None:
+    def propensity(self, request: Request, snapshot: Snapshot) -> Sequence[float] | None:
         """Over all seeds, the probability of each backend to win; needed by policies that draw.
 
         None (the default): ``score`` does not depend on the seed, ties are drawn evenly.

@@ -17,8 +17,8 @@ from forebay.api import ForebayError, RequestError, UnknownModel
 from forebay.config import Limits
 from forebay.dispatch import Dispatch
 from forebay.http.decode import decode_chat, decode_completion
-from forebay.http.generate import Generate
-from forebay.http.reply import error_object, send_error
+from forebay.http.relay import Relay
+from forebay.http.reply import Dialect, error_object, openai_error, send_error
 from forebay.telemetry.tracing import Tracing
 
 AnyRequest = Request[Any, Any, Any]
@@ -34,6 +34,12 @@ class WrongMethod(RequestError):
     status = 405
 
 
+DIALECTS = (
+    Dialect("chat", "/v1/chat/completions", decode_chat, openai_error),
+    Dialect("completions", "/v1/completions", decode_completion, openai_error),
+)
+
+
 def build_data_app(
     dispatch: Dispatch,
     access: Access,
@@ -42,14 +48,12 @@ def build_data_app(
     middleware: Iterable[Callable[[ASGIApp], ASGIApp]],
 ) -> ASGIApp:
     """The data port's ASGI application, plugins' middleware around it."""
-    chat = Generate("chat", "/v1/chat/completions", decode_chat, dispatch, access, limits, tracing)
-    completions = Generate(
-        "completions", "/v1/completions", decode_completion, dispatch, access, limits, tracing
-    )
     app: ASGIApp = Litestar(
         route_handlers=[
-            _post_only("/v1/chat/completions", chat),
-            _post_only("/v1/completions", completions),
+            *(
+                _post_only(dialect.route, Relay(dialect, dispatch, access, limits, tracing))
+                for dialect in DIALECTS
+            ),
             *_model_routes(dispatch, access),
         ],
         exception_handlers={ForebayError: _refused, HTTPException: _not_routed},
@@ -61,13 +65,14 @@ def build_data_app(
     return app
 
 
-def _post_only(route: str, generate: Generate) -> ASGIRouteHandler:
+def _post_only(route: str, relay: Relay) -> ASGIRouteHandler:
     @asgi(route, copy_scope=False)
     async def handle(scope: Scope, receive: Receive, send: Send) -> None:
         if scope.get("method") == "POST":
-            await generate(scope, receive, send)
+            await relay(scope, receive, send)
         else:
-            await send_error(send, WrongMethod(f"{route} takes POST"), [(b"allow", b"POST")])
+            error = WrongMethod(f"{route} takes POST")
+            await send_error(send, error, [(b"allow", b"POST")], openai_error(error))
 
     return handle
 

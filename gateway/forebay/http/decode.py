@@ -13,8 +13,10 @@ from typing import Any
 import msgspec
 from msgspec import Raw, Struct
 
-from forebay.api import GenerateRequest, Identity, Message, RequestError, Sampling
+from forebay.api import GenerateRequest, Message, Request, RequestError, Sampling
 from forebay.config import Limits
+from forebay.http.encode import OpenAIReply
+from forebay.http.reply import Arrival, Reply
 
 _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 _PATH = re.compile(r" - at `\$\.?(.*)`$")
@@ -101,14 +103,12 @@ _RANGES: tuple[tuple[str, float, float | None], ...] = (
 )
 
 
-def decode_chat(
-    body: bytes, limits: Limits, request_id: str, created: int, identity: Identity
-) -> GenerateRequest:
+def decode_chat(arrival: Arrival, limits: Limits) -> tuple[Request, Reply]:
     """Decode ``/v1/chat/completions``.
 
     :raises RequestError: naming the field in ``param``.
     """
-    parsed, fields = _parse(_CHAT, body, limits)
+    parsed, fields = _parse(_CHAT, arrival.body, limits)
     if not parsed.messages:
         raise RequestError("must have at least one message", param="messages")
     if parsed.max_completion_tokens is not None:
@@ -119,10 +119,10 @@ def decode_chat(
     tools = parsed.tools or ()
     if parsed.tools is not None and not tools:
         raise RequestError("must not be empty; leave it out instead", param="tools")
-    return GenerateRequest(
-        id=request_id,
+    request = GenerateRequest(
+        id=arrival.request_id,
         endpoint="chat",
-        created=created,
+        created=arrival.created,
         messages=parsed.messages,
         needs_tools=bool(tools) and bytes(fields.get("tool_choice", b"")) != b'"none"',
         needs_multimodal=any(
@@ -133,33 +133,33 @@ def decode_chat(
         ),
         extra=_extra(fields, _CHAT_NAMES),
         fields=fields,
-        identity=identity,
+        identity=arrival.identity,
         **_common(parsed, limits, logprobs, choices=parsed.n or 1),
     )
+    return request, OpenAIReply(request)
 
 
-def decode_completion(
-    body: bytes, limits: Limits, request_id: str, created: int, identity: Identity
-) -> GenerateRequest:
+def decode_completion(arrival: Arrival, limits: Limits) -> tuple[Request, Reply]:
     """Decode ``/v1/completions``.
 
     :raises RequestError: naming the field in ``param``.
     """
-    parsed, fields = _parse(_COMPLETION, body, limits)
+    parsed, fields = _parse(_COMPLETION, arrival.body, limits)
     prompts = _prompts(parsed.prompt)
     if parsed.logprobs is not None and not 0 <= parsed.logprobs <= 20:
         raise RequestError("must be between 0 and 20", param="logprobs")
-    return GenerateRequest(
-        id=request_id,
+    request = GenerateRequest(
+        id=arrival.request_id,
         endpoint="completions",
-        created=created,
+        created=arrival.created,
         prompts=prompts,
         echo=bool(parsed.echo),
         extra=_extra(fields, _COMPLETION_NAMES),
         fields=fields,
-        identity=identity,
+        identity=arrival.identity,
         **_common(parsed, limits, parsed.logprobs, choices=(parsed.n or 1) * len(prompts)),
     )
+    return request, OpenAIReply(request)
 
 
 def _prompts(prompt: Any) -> tuple[str | tuple[int, ...], ...]:

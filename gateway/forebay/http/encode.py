@@ -11,10 +11,57 @@ from typing import Any
 
 import msgspec
 
-from forebay.api import Delta, GenerateRequest, TokenLogprob, Usage
+from forebay.api import (
+    Delta,
+    Finished,
+    ForebayError,
+    GenerateRequest,
+    Relayed,
+    TokenLogprob,
+    Usage,
+)
+from forebay.attempt import FlightEvent
+from forebay.http.reply import Reply, openai_error
 
 DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.encode
+
+
+class OpenAIReply(Reply):
+    """The answer to a chat or completions request, streamed or whole."""
+
+    def __init__(self, request: GenerateRequest) -> None:
+        self._request = request
+        self._chunks: ChunkEncoder | None = None
+        self._answer = Answer(request)
+        self._relayed = b""
+
+    def chunk(self, event: FlightEvent) -> bytes:
+        match event:
+            case Relayed():
+                return event.data
+            case Delta():
+                return self._typed().delta(event)
+            case Finished():
+                return (self._chunks.usage(event.usage) if self._chunks else b"") + DONE
+        raise TypeError(f"{event!r} is no part of generated text")
+
+    def _typed(self) -> ChunkEncoder:
+        if self._chunks is None:
+            self._chunks = ChunkEncoder(self._request)
+        return self._chunks
+
+    def add(self, event: FlightEvent) -> None:
+        if isinstance(event, Relayed):
+            self._relayed += event.data
+        elif isinstance(event, Delta):
+            self._answer.add(event)
+
+    def body(self, finished: Finished) -> bytes:
+        return self._relayed or self._answer.body(finished.usage)
+
+    def failure(self, error: ForebayError) -> bytes:
+        return b"data: " + openai_error(error) + b"\n\n"
 
 
 class ChunkEncoder:
@@ -33,15 +80,16 @@ class ChunkEncoder:
         # The head is the same in every chunk: encoded once, without its closing brace.
         self._head = b"data: " + _encode(head)[:-1] + b',"choices":['
         self._tail = b'],"usage":null}\n\n' if request.include_usage else b"]}\n\n"
-        self._begun: set[int] = set()
+        self._choices = request.choices
+        self._begun = False
 
-    def begin(self, choices: int) -> bytes:
+    def _roles(self) -> bytes:
         """The role of each choice, in order of index; nothing for completions."""
         if not self._chat:
             return b""
         return b"".join(
             self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}})
-            for index in range(choices)
+            for index in range(self._choices)
         )
 
     def _chunk(self, choice: dict[str, Any]) -> bytes:
@@ -50,6 +98,9 @@ class ChunkEncoder:
         return self._head + _encode(choice) + self._tail
 
     def delta(self, delta: Delta) -> bytes:
+        """The delta's chunk; before the first one the chunks with the roles."""
+        roles = b"" if self._begun else self._roles()
+        self._begun = True
         choice: dict[str, Any] = {"index": delta.index, "finish_reason": delta.finish_reason}
         if self._chat:
             choice["delta"] = _chat_delta(delta)
@@ -61,7 +112,7 @@ class ChunkEncoder:
                 offset = self._offsets.get(delta.index, 0)
                 choice["logprobs"] = completion_logprobs(delta.logprobs, offset)
                 self._offsets[delta.index] = offset + sum(len(t.token) for t in delta.logprobs)
-        return self._chunk(choice)
+        return roles + self._chunk(choice)
 
     def usage(self, usage: Usage | None) -> bytes:
         """The usage chunk, if it was asked for."""

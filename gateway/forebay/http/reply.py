@@ -1,26 +1,78 @@
-"""Plain answers and errors in OpenAI's shape, written straight to ASGI."""
+"""How answers leave: the seam of a dialect, and plain answers written straight to ASGI."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
 from litestar.types import Send
 
-from forebay.api import BackendError, BackendRefused, BackendTimeout, ForebayError
+from forebay.api import Endpoint, Finished, ForebayError, Identity, Request
+from forebay.attempt import FlightEvent
+from forebay.config import Limits
 
 Headers = list[tuple[bytes, bytes]]
 
 JSON = (b"content-type", b"application/json")
 
 
+class Reply(ABC):
+    """The answer to one request, in its client's dialect."""
+
+    #: Of a whole body.
+    content_type: bytes = b"application/json"
+
+    @abstractmethod
+    def chunk(self, event: FlightEvent) -> bytes:
+        """What a streaming client is sent for this event; may be empty."""
+
+    @abstractmethod
+    def add(self, event: FlightEvent) -> None:
+        """Take an event of an answer that does not stream."""
+
+    @abstractmethod
+    def body(self, finished: Finished) -> bytes:
+        """The whole answer, once all events have been added."""
+
+    @abstractmethod
+    def failure(self, error: ForebayError) -> bytes:
+        """What a streaming client is sent when the stream breaks: never a success."""
+
+
+class Dialect(msgspec.Struct, frozen=True):
+    """A route of the data port that takes a body and asks a backend."""
+
+    #: For metrics: a closed set.
+    endpoint: Endpoint | str
+    #: A Litestar path.
+    route: str
+    #: Body, limits, request id, Unix seconds, who asks, path parameters and headers.
+    decode: Callable[[Arrival, Limits], tuple[Request, Reply]]
+    #: The body of an error response.
+    error_body: Callable[[ForebayError], bytes]
+
+
+class Arrival(msgspec.Struct, frozen=True, kw_only=True):
+    """A request as it came, with what the gateway knows of it already."""
+
+    body: bytes
+    request_id: str
+    #: Unix seconds.
+    created: int
+    identity: Identity
+    headers: Mapping[str, str]
+    #: Of the route's path.
+    parameters: Mapping[str, str]
+
+
 def error_object(error: ForebayError) -> dict[str, Any]:
     """``message, type, param, code``: the four that every OpenAI client reads."""
-    message = _public_message(error)
     return {
         "error": {
-            "message": f"{error.param}: {message}" if error.param else message,
+            "message": f"{error.param}: {error.message}" if error.param else error.message,
             "type": error.type,
             "param": error.param,
             "code": error.code,
@@ -28,11 +80,8 @@ def error_object(error: ForebayError) -> dict[str, Any]:
     }
 
 
-def _public_message(error: ForebayError) -> str:
-    """Where a backend stands and what it said in failing is the operator's affair, in the log."""
-    if isinstance(error, BackendError) and not isinstance(error, BackendRefused | BackendTimeout):
-        return f"no backend could serve the request ({error.kind}); the gateway's log says why"
-    return error.message
+def openai_error(error: ForebayError) -> bytes:
+    return msgspec.json.encode(error_object(error))
 
 
 def internal_error() -> ForebayError:
@@ -50,15 +99,18 @@ def error_headers(error: ForebayError) -> Headers:
     ]
 
 
-async def send_body(send: Send, status: int, headers: Headers, body: bytes) -> None:
+async def send_body(
+    send: Send, status: int, headers: Headers, body: bytes, content_type: bytes = JSON[1]
+) -> None:
     """A whole response."""
-    length = (b"content-length", str(len(body)).encode())
-    await send(
-        {"type": "http.response.start", "status": status, "headers": [JSON, length, *headers]}
-    )
+    head: Headers = [
+        (b"content-type", content_type),
+        (b"content-length", str(len(body)).encode()),
+        *headers,
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": head})
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
-async def send_error(send: Send, error: ForebayError, headers: Headers) -> None:
-    body = msgspec.json.encode(error_object(error))
+async def send_error(send: Send, error: ForebayError, headers: Headers, body: bytes) -> None:
     await send_body(send, error.status, [*headers, *error_headers(error)], body)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from opentelemetry.util.types import AttributeValue
 
-from forebay.api import Decision, GenerateRequest, Usage
+from forebay.api import Decision, GenerateRequest, Request, Usage
 
 Attributes = dict[str, AttributeValue]
 
@@ -110,19 +110,19 @@ def route_on_attempt(decision: Decision, backend: str) -> Attributes:
     return attributes
 
 
-def attempt_span(request: GenerateRequest) -> tuple[str, Attributes]:
+def attempt_span(request: Request) -> tuple[str, Attributes]:
     """Name and attributes of an attempt that stem from the request.
 
     Stop strings are left out: they are the client's text.
     """
-    operation = _OPERATIONS[request.endpoint]
+    operation = _OPERATIONS.get(request.endpoint, request.endpoint)
     model = request.model[:LONGEST_NAME]
     attributes: Attributes = {
         "gen_ai.operation.name": operation,
         "gen_ai.request.model": model,
         "gen_ai.request.stream": request.stream,
     }
-    if request.n != 1:
+    if isinstance(request, GenerateRequest) and request.n != 1:
         attributes["gen_ai.request.choice.count"] = request.n
     sampling = request.sampling
     for field, key in _SAMPLING:

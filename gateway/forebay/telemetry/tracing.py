@@ -27,7 +27,7 @@ from opentelemetry.trace import (
 )
 from opentelemetry.util.types import AttributeValue
 
-from forebay.api import Decision, GenerateRequest, Timings, Usage
+from forebay.api import Decision, Request, Timings, Usage
 from forebay.config import Tracing as Settings
 from forebay.telemetry import names
 from forebay.telemetry.phases import lay_out
@@ -78,7 +78,7 @@ class RequestTrace:
         """The request was routed, between two times in Unix nanoseconds (``time.time_ns``)."""
 
     def attempt(
-        self, number: int, backend: str, provider: str, address: str, request: GenerateRequest
+        self, number: int, backend: str, provider: str, address: str, request: Request
     ) -> AttemptTrace:
         """Begin an attempt; ``number`` is 1 for the first. End it in a ``finally``."""
         return AttemptTrace(self.headers)
@@ -159,7 +159,7 @@ class _RecordedRequest(RequestTrace):
         ).end(end_ns)
 
     def attempt(
-        self, number: int, backend: str, provider: str, address: str, request: GenerateRequest
+        self, number: int, backend: str, provider: str, address: str, request: Request
     ) -> AttemptTrace:
         name, attributes = names.attempt_span(request)
         key = (backend, provider, address)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
-from forebay.api import GenerateRequest, Policy, PolicyKind, Score, Snapshot, hookimpl
+from forebay.api import Request, Policy, PolicyKind, Score, Snapshot, hookimpl
 
 
 class StickyTenant(Policy):
     """Rendezvous hashing: the hash of tenant and backend *is* the score, so nothing is kept."""
 
-    def score(self, request: GenerateRequest, snapshot: Snapshot) -> Sequence[Score]:
+    def score(self, request: Request, snapshot: Snapshot) -> Sequence[Score]:
         tenant = request.identity.tenant
         return [affinity(tenant, backend.name) for backend in snapshot.backends]
 

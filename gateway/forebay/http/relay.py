@@ -1,4 +1,4 @@
-"""The relay: a raw ASGI handler for the two endpoints that generate text.
+"""The relay: a raw ASGI handler for every route that asks a backend.
 
 Written against ASGI itself because what matters here cannot be had above it: the upstream is
 closed within milliseconds when the client leaves, the next upstream read waits for the client's
@@ -9,35 +9,30 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from contextlib import suppress
 
-import msgspec
 import structlog
 from litestar.types import Receive, Scope, Send
 
 from forebay.access import Access
-from forebay.api import (
-    Delta,
-    Endpoint,
-    Event,
-    Finished,
-    ForebayError,
-    GenerateRequest,
-    Identity,
-    Relayed,
-)
+from forebay.api import Finished, ForebayError
+from forebay.attempt import FlightEvent
 from forebay.config import Limits
 from forebay.dispatch import Dispatch, Flight
-from forebay.http.encode import DONE, Answer, ChunkEncoder
 from forebay.http.intake import ClientLeft, read_body, read_headers, request_id
-from forebay.http.reply import Headers, error_object, internal_error, send_body, send_error
+from forebay.http.reply import (
+    Arrival,
+    Dialect,
+    Headers,
+    Reply,
+    internal_error,
+    send_body,
+    send_error,
+)
 from forebay.telemetry import logs
 from forebay.telemetry.tracing import RequestTrace, Tracing
 
 log = structlog.get_logger("forebay.http")
-
-Decode = Callable[[bytes, Limits, str, int, Identity], GenerateRequest]
 
 _STREAM_HEADERS: Headers = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -46,22 +41,18 @@ _STREAM_HEADERS: Headers = [
 ]
 
 
-class Generate:
-    """One endpoint."""
+class Relay:
+    """One route, in one dialect."""
 
     def __init__(
         self,
-        endpoint: Endpoint,
-        route: str,
-        decode: Decode,
+        dialect: Dialect,
         dispatch: Dispatch,
         access: Access,
         limits: Limits,
         tracing: Tracing,
     ) -> None:
-        self._endpoint = endpoint
-        self._route = route
-        self._decode = decode
+        self._dialect = dialect
         self._dispatch = dispatch
         self._access = access
         self._limits = limits
@@ -74,27 +65,36 @@ class Generate:
             headers = read_headers(scope["headers"], self._limits.header_bytes)
             rid = request_id(headers)
             answer_headers.append((b"x-request-id", rid.encode()))
-            trace = self._tracing.request(self._route, "POST", headers)
+            trace = self._tracing.request(self._dialect.route, "POST", headers)
             logs.in_request(rid, trace.trace_id)
             identity = self._access.identify(headers)
             body = await read_body(receive, headers, self._limits.body_bytes)
-            arrived = time.perf_counter()
-            request = self._decode(body, self._limits, rid, int(time.time()), identity)
-            flight = self._dispatch.flight(request, trace, arrived)
+            began = time.perf_counter()
+            arrival = Arrival(
+                body=body,
+                request_id=rid,
+                created=int(time.time()),
+                identity=identity,
+                headers=headers,
+                parameters=scope.get("path_params", {}),
+            )
+            request, reply = self._dialect.decode(arrival, self._limits)
+            flight = self._dispatch.flight(request, trace, began)
         except ForebayError as error:
             await self._refuse(error, send, answer_headers, trace)
         except Exception:
             log.exception("reading a request failed")
             await self._refuse(internal_error(), send, answer_headers, trace)
         else:
-            await Exchange(flight, trace, send, answer_headers).run(receive)
+            exchange = Exchange(flight, reply, self._dialect, trace, send, answer_headers)
+            await exchange.run(receive)
 
     async def _refuse(
         self, error: ForebayError, send: Send, headers: Headers, trace: RequestTrace | None
     ) -> None:
         if not isinstance(error, ClientLeft):
-            await send_error(send, error, headers)
-        self._dispatch.recorder.refused(self._endpoint, error.kind)
+            await send_error(send, error, headers, self._dialect.error_body(error))
+        self._dispatch.recorder.refused(self._dialect.endpoint, error.kind)
         if trace is not None:
             trace.end(error.status, None, error.kind)
 
@@ -102,8 +102,18 @@ class Generate:
 class Exchange:
     """One request being answered."""
 
-    def __init__(self, flight: Flight, trace: RequestTrace, send: Send, headers: Headers) -> None:
+    def __init__(
+        self,
+        flight: Flight,
+        reply: Reply,
+        dialect: Dialect,
+        trace: RequestTrace,
+        send: Send,
+        headers: Headers,
+    ) -> None:
         self._flight = flight
+        self._reply = reply
+        self._dialect = dialect
         self._trace = trace
         self._send = send
         self._headers = headers
@@ -155,14 +165,9 @@ class Exchange:
             (b"x-forebay-overhead-ms", f"{flight.overhead * 1e3:.3f}".encode()),
         ]
 
-    async def _stream(self, first: Event) -> None:
-        encoder = None
-        head = b""
-        if not isinstance(first, Relayed):
-            encoder = ChunkEncoder(self._flight.request)
-            head = encoder.begin(self._flight.request.choices)
+    async def _stream(self, first: FlightEvent) -> None:
         self._status = 200
-        send = self._send
+        send, chunk = self._send, self._reply.chunk
         await send(
             {
                 "type": "http.response.start",
@@ -171,35 +176,24 @@ class Exchange:
             }
         )
         async for event in self._flight.events(first):
-            match event:
-                case Relayed():
-                    data = event.data
-                case Delta() if encoder:
-                    data = head + encoder.delta(event)
-                case Finished():
-                    data = head + (encoder.usage(event.usage) if encoder else b"") + DONE
-                case _:
-                    raise TypeError(f"{event!r} does not belong into this lane")
-            head = b""
+            data = chunk(event)
             self._answered = isinstance(event, Finished)
-            await send(
-                {"type": "http.response.body", "body": data, "more_body": not self._answered}
-            )
+            if data or self._answered:
+                await send(
+                    {"type": "http.response.body", "body": data, "more_body": not self._answered}
+                )
 
-    async def _whole(self, first: Event) -> None:
+    async def _whole(self, first: FlightEvent) -> None:
         body = b""
-        answer = Answer(self._flight.request)
+        reply = self._reply
         async for event in self._flight.events(first):
-            match event:
-                case Relayed():
-                    body += event.data
-                case Delta():
-                    answer.add(event)
-                case Finished():
-                    body = body or answer.body(event.usage)
+            if isinstance(event, Finished):
+                body = reply.body(event)
+            else:
+                reply.add(event)
         self._status = 200
         self._answered = True
-        await send_body(self._send, 200, self._headers, body)
+        await send_body(self._send, 200, self._headers, body, reply.content_type)
 
     async def _fail(self, error: ForebayError) -> None:
         """Before the first byte an error response; after it an error event, and no ``[DONE]``."""
@@ -207,11 +201,12 @@ class Exchange:
         if self._status == 0:
             self._status = error.status
             self._headers.append((b"x-forebay-attempts", str(self._flight.attempts).encode()))
-            await send_error(self._send, error, self._headers)
+            body = self._dialect.error_body(error)
+            await send_error(self._send, error, self._headers, body)
             return
         # The connection may be gone as well; then there is nobody left to tell.
         with suppress(OSError):
-            data = b"data: " + msgspec.json.encode(error_object(error)) + b"\n\n"
+            data = self._reply.failure(error)
             await self._send({"type": "http.response.body", "body": data, "more_body": False})
 
     async def _watch_client(self, receive: Receive) -> None:
