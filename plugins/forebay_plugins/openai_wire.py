@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import suppress
 from functools import cached_property
 from typing import Any, ClassVar
@@ -31,6 +31,7 @@ from forebay.api import (
     UpstreamResponse,
 )
 from forebay_plugins.openai_errors import error_of
+from forebay_plugins.openai_events import typed_events
 from forebay_plugins.openai_shape import decode, finish_of
 from forebay_plugins.openai_whole import WholeAnswer
 from forebay_plugins.sse import Scanner
@@ -78,7 +79,13 @@ class OpenAIServer(Adapter):
         """The backend's own timings from the top-level fields at the end of an answer."""
         return None
 
-    async def stream(self, request: GenerateRequest, attempt: Attempt) -> AsyncIterator[Event]:
+    def stream(self, request: GenerateRequest, attempt: Attempt) -> AsyncGenerator[Event, None]:
+        relayed = self._relay(request, attempt)
+        return typed_events(request, relayed) if request.typed else relayed
+
+    async def _relay(
+        self, request: GenerateRequest, attempt: Attempt
+    ) -> AsyncGenerator[Event, None]:
         streams = request.stream or self.always_streams
         response = await self._send(request, attempt, streams)
         try:
