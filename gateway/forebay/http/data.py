@@ -17,6 +17,7 @@ from forebay.api import ForebayError, RequestError, UnknownModel
 from forebay.config import Limits
 from forebay.dispatch import Dispatch
 from forebay.http.decode import decode_chat, decode_completion
+from forebay.http.operations import OPERATIONS
 from forebay.http.relay import Relay
 from forebay.http.reply import Dialect, error_object, openai_error, send_error
 from forebay.telemetry.tracing import Tracing
@@ -37,6 +38,7 @@ class WrongMethod(RequestError):
 DIALECTS = (
     Dialect("chat", "/v1/chat/completions", decode_chat, openai_error),
     Dialect("completions", "/v1/completions", decode_completion, openai_error),
+    *OPERATIONS,
 )
 
 
@@ -51,7 +53,7 @@ def build_data_app(
     app: ASGIApp = Litestar(
         route_handlers=[
             *(
-                _post_only(dialect.route, Relay(dialect, dispatch, access, limits, tracing))
+                _post_only(dialect, Relay(dialect, dispatch, access, limits, tracing))
                 for dialect in DIALECTS
             ),
             *_model_routes(dispatch, access),
@@ -65,14 +67,14 @@ def build_data_app(
     return app
 
 
-def _post_only(route: str, relay: Relay) -> ASGIRouteHandler:
-    @asgi(route, copy_scope=False)
+def _post_only(dialect: Dialect, relay: Relay) -> ASGIRouteHandler:
+    @asgi(dialect.route, copy_scope=False)
     async def handle(scope: Scope, receive: Receive, send: Send) -> None:
         if scope.get("method") == "POST":
             await relay(scope, receive, send)
         else:
-            error = WrongMethod(f"{route} takes POST")
-            await send_error(send, error, [(b"allow", b"POST")], openai_error(error))
+            error = WrongMethod(f"{dialect.route} takes POST")
+            await send_error(send, dialect, error, [(b"allow", b"POST")])
 
     return handle
 

@@ -72,7 +72,7 @@ class CompletionBody(Body, kw_only=True):
 
 
 # Fields that do not change the text of the answer: every backend may ignore them.
-_HARMLESS = frozenset(
+HARMLESS = frozenset(
     {
         "metadata",
         "parallel_tool_calls",
@@ -84,8 +84,8 @@ _HARMLESS = frozenset(
     }
 )
 _NOTHING = frozenset({b"null", b"{}", b"[]"})
-_CHAT_NAMES = frozenset(ChatBody.__struct_fields__) | _HARMLESS
-_COMPLETION_NAMES = frozenset(CompletionBody.__struct_fields__) | _HARMLESS
+_CHAT_NAMES = frozenset(ChatBody.__struct_fields__) | HARMLESS
+_COMPLETION_NAMES = frozenset(CompletionBody.__struct_fields__) | HARMLESS
 _CHAT = msgspec.json.Decoder(ChatBody)
 _COMPLETION = msgspec.json.Decoder(CompletionBody)
 
@@ -108,7 +108,16 @@ def decode_chat(arrival: Arrival, limits: Limits) -> tuple[Request, Reply]:
 
     :raises RequestError: naming the field in ``param``.
     """
-    parsed, fields = _parse(_CHAT, arrival.body, limits)
+    request = chat_request(arrival, limits)
+    return request, OpenAIReply(request)
+
+
+def chat_request(arrival: Arrival, limits: Limits) -> GenerateRequest:
+    """The request in a chat body.
+
+    :raises RequestError: naming the field in ``param``.
+    """
+    parsed, fields = parse(_CHAT, arrival.body, limits)
     if not parsed.messages:
         raise RequestError("must have at least one message", param="messages")
     if parsed.max_completion_tokens is not None:
@@ -119,7 +128,7 @@ def decode_chat(arrival: Arrival, limits: Limits) -> tuple[Request, Reply]:
     tools = parsed.tools or ()
     if parsed.tools is not None and not tools:
         raise RequestError("must not be empty; leave it out instead", param="tools")
-    request = GenerateRequest(
+    return GenerateRequest(
         id=arrival.request_id,
         endpoint="chat",
         created=arrival.created,
@@ -131,12 +140,11 @@ def decode_chat(arrival: Arrival, limits: Limits) -> tuple[Request, Reply]:
             if isinstance(message.content, tuple)
             for part in message.content
         ),
-        extra=_extra(fields, _CHAT_NAMES),
+        extra=extra_fields(fields, _CHAT_NAMES),
         fields=fields,
         identity=arrival.identity,
         **_common(parsed, limits, logprobs, choices=parsed.n or 1),
     )
-    return request, OpenAIReply(request)
 
 
 def decode_completion(arrival: Arrival, limits: Limits) -> tuple[Request, Reply]:
@@ -144,7 +152,7 @@ def decode_completion(arrival: Arrival, limits: Limits) -> tuple[Request, Reply]
 
     :raises RequestError: naming the field in ``param``.
     """
-    parsed, fields = _parse(_COMPLETION, arrival.body, limits)
+    parsed, fields = parse(_COMPLETION, arrival.body, limits)
     prompts = _prompts(parsed.prompt)
     if parsed.logprobs is not None and not 0 <= parsed.logprobs <= 20:
         raise RequestError("must be between 0 and 20", param="logprobs")
@@ -154,7 +162,7 @@ def decode_completion(arrival: Arrival, limits: Limits) -> tuple[Request, Reply]
         created=arrival.created,
         prompts=prompts,
         echo=bool(parsed.echo),
-        extra=_extra(fields, _COMPLETION_NAMES),
+        extra=extra_fields(fields, _COMPLETION_NAMES),
         fields=fields,
         identity=arrival.identity,
         **_common(parsed, limits, parsed.logprobs, choices=(parsed.n or 1) * len(prompts)),
@@ -172,17 +180,21 @@ def _prompts(prompt: Any) -> tuple[str | tuple[int, ...], ...]:
     return (prompt,) if isinstance(prompt[0], int) else prompt
 
 
-def _parse(decoder: Any, body: bytes, limits: Limits) -> tuple[Any, Mapping[str, Raw]]:
+def parse(decoder: Any, body: bytes, limits: Limits) -> tuple[Any, Mapping[str, Raw]]:
+    """The body by the decoder of its type, and its top-level fields as they came.
+
+    :raises RequestError: it is not JSON, or not of that type; naming the field in ``param``.
+    """
     check_depth(body, limits.json_depth)
     try:
         return decoder.decode(body), _FIELDS.decode(body)
     except msgspec.ValidationError as error:
         text = str(error)
         where = _PATH.search(text)
-        missing = re.search(r"missing required field `(\w+)`", text)
+        named = re.search(r"(?:missing required|unknown) field `(\w+)`", text)
         param = where.group(1) if where else None
-        if missing:
-            param = f"{param}.{missing.group(1)}" if param else missing.group(1)
+        if named:
+            param = f"{param}.{named.group(1)}" if param else named.group(1)
         raise RequestError(_PATH.sub("", text), param=param) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
@@ -208,7 +220,8 @@ def check_depth(body: bytes, limit: int) -> None:
             depth -= 1
 
 
-def _extra(fields: Mapping[str, Raw], known: frozenset[str]) -> tuple[str, ...]:
+def extra_fields(fields: Mapping[str, Raw], known: frozenset[str]) -> tuple[str, ...]:
+    """Names of the fields that say something and are not among the known."""
     unknown = fields.keys() - known
     if not unknown:
         return ()

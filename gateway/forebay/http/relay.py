@@ -65,7 +65,7 @@ class Relay:
             headers = read_headers(scope["headers"], self._limits.header_bytes)
             rid = request_id(headers)
             answer_headers.append((b"x-request-id", rid.encode()))
-            trace = self._tracing.request(self._dialect.route, "POST", headers)
+            trace = self._tracing.request(self._dialect.template, "POST", headers)
             logs.in_request(rid, trace.trace_id)
             identity = self._access.identify(headers)
             body = await read_body(receive, headers, self._limits.body_bytes)
@@ -93,10 +93,10 @@ class Relay:
         self, error: ForebayError, send: Send, headers: Headers, trace: RequestTrace | None
     ) -> None:
         if not isinstance(error, ClientLeft):
-            await send_error(send, error, headers, self._dialect.error_body(error))
+            await send_error(send, self._dialect, error, headers)
         self._dispatch.recorder.refused(self._dialect.endpoint, error.kind)
         if trace is not None:
-            trace.end(error.status, None, error.kind)
+            trace.end(self._dialect.status(error), None, error.kind)
 
 
 class Exchange:
@@ -193,16 +193,16 @@ class Exchange:
                 reply.add(event)
         self._status = 200
         self._answered = True
-        await send_body(self._send, 200, self._headers, body, reply.content_type)
+        headers = [*self._headers, *reply.headers]
+        await send_body(self._send, 200, headers, body, reply.content_type)
 
     async def _fail(self, error: ForebayError) -> None:
         """Before the first byte an error response; after it an error event, and no ``[DONE]``."""
         self._answered = True
         if self._status == 0:
-            self._status = error.status
+            self._status = self._dialect.status(error)
             self._headers.append((b"x-forebay-attempts", str(self._flight.attempts).encode()))
-            body = self._dialect.error_body(error)
-            await send_error(self._send, error, self._headers, body)
+            await send_error(self._send, self._dialect, error, self._headers)
             return
         # The connection may be gone as well; then there is nobody left to tell.
         with suppress(OSError):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -16,6 +17,8 @@ from forebay.config import Limits
 
 Headers = list[tuple[bytes, bytes]]
 
+_PATH_TYPE = re.compile(r":\w+}")
+
 JSON = (b"content-type", b"application/json")
 
 
@@ -24,6 +27,8 @@ class Reply(ABC):
 
     #: Of a whole body.
     content_type: bytes = b"application/json"
+    #: Further headers of a whole body.
+    headers: Sequence[tuple[bytes, bytes]] = ()
 
     @abstractmethod
     def chunk(self, event: FlightEvent) -> bytes:
@@ -42,6 +47,10 @@ class Reply(ABC):
         """What a streaming client is sent when the stream breaks: never a success."""
 
 
+def own_status(error: ForebayError) -> int:
+    return error.status
+
+
 class Dialect(msgspec.Struct, frozen=True):
     """A route of the data port that takes a body and asks a backend."""
 
@@ -53,6 +62,13 @@ class Dialect(msgspec.Struct, frozen=True):
     decode: Callable[[Arrival, Limits], tuple[Request, Reply]]
     #: The body of an error response.
     error_body: Callable[[ForebayError], bytes]
+    #: The HTTP status of an error response.
+    status: Callable[[ForebayError], int] = own_status
+
+    @property
+    def template(self) -> str:
+        """The route for people and traces, without Litestar's types: ``/v2/models/{model}``."""
+        return _PATH_TYPE.sub("}", self.route)
 
 
 class Arrival(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,5 +128,7 @@ async def send_body(
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
-async def send_error(send: Send, error: ForebayError, headers: Headers, body: bytes) -> None:
-    await send_body(send, error.status, [*headers, *error_headers(error)], body)
+async def send_error(send: Send, dialect: Dialect, error: ForebayError, headers: Headers) -> None:
+    """An error response in the client's dialect."""
+    all_headers = [*headers, *error_headers(error)]
+    await send_body(send, dialect.status(error), all_headers, dialect.error_body(error))
