@@ -60,6 +60,10 @@ class Limits(Section, frozen=True):
     """Most stop strings."""
     stop_bytes: Positive = 1024
     """Longest stop string, in bytes."""
+    inputs: Positive = 2048
+    """Most inputs of an embeddings request."""
+    documents: Positive = 1000
+    """Most documents of a rerank request, or pairs of texts of a score request."""
 
 
 class Share(Section, frozen=True):

@@ -3,6 +3,7 @@
 For tests, benchmarks and trying out policies: requests wait for a slot in order of arrival, the
 uncached part of the prompt is read at one rate, tokens come at another. Failures are drawn from a
 seed, so that a run can be repeated. A token is a word. The text depends on the prompt alone.
+Embeddings, rerank, score and the like are answered as well: see ``simulated_operations``.
 """
 
 from __future__ import annotations
@@ -33,12 +34,15 @@ from forebay.api import (
     FinishReason,
     GenerateRequest,
     Load,
+    Operation,
+    Result,
     Started,
     StreamTruncated,
     Timings,
     Usage,
     hookimpl,
 )
+from forebay_plugins import simulated_operations as operations
 
 __all__ = ["Failures", "SimulatedAdapter", "SimulatedSettings"]
 
@@ -108,11 +112,7 @@ class SimulatedAdapter(Adapter):
         self.waiting = 0
 
     async def stream(self, request: GenerateRequest, attempt: Attempt) -> AsyncIterator[Event]:
-        mishap = self._mishap()
-        if mishap == "connect":
-            raise ConnectFailed("the simulated backend does not listen")
-        if mishap == "busy" or 0 < self._settings.queue <= self.waiting:
-            raise BackendBusy("the simulated backend is full", retry_after=1.0)
+        mishap = self._knock()
         arrived = perf_counter()
         async with self._slot():
             begun = perf_counter()
@@ -141,6 +141,34 @@ class SimulatedAdapter(Adapter):
                 ),
                 Timings(begun - arrived, prefilled - begun, ended - prefilled, "simulated"),
             )
+
+    async def perform(self, request: Operation, attempt: Attempt) -> Result:
+        """Its text is read like a prompt that is not cached; a stall or a cut come after that."""
+        mishap = self._knock()
+        async with self._slot():
+            if mishap == "silent":
+                await asyncio.Event().wait()
+            reading = _duration(operations.words(request), self._settings.prefill_rate)
+            await asyncio.sleep(self._settings.overhead + reading)
+            if mishap == "error":
+                raise BackendFailed("the simulated backend failed")
+            if mishap == "stall":
+                await asyncio.Event().wait()
+            if mishap == "cut":
+                raise StreamTruncated("the simulated backend broke off")
+            return operations.perform(request)
+
+    def _knock(self) -> str:
+        """Be let in, or not; what will go wrong later, empty if nothing does.
+
+        :raises BackendError: nobody answers, or there is no room.
+        """
+        mishap = self._mishap()
+        if mishap == "connect":
+            raise ConnectFailed("the simulated backend does not listen")
+        if mishap == "busy" or 0 < self._settings.queue <= self.waiting:
+            raise BackendBusy("the simulated backend is full", retry_after=1.0)
+        return mishap
 
     async def _step(self, number: int, mishap: str) -> None:
         """Take the time of the token with this number, counted from 1."""
@@ -177,7 +205,12 @@ class SimulatedAdapter(Adapter):
     async def probe(self) -> Capabilities:
         if self.failures.probe:
             raise ConnectFailed("the simulated backend does not listen")
-        return Capabilities(extra_fields=False, slots=self._settings.slots, version="1")
+        return Capabilities(
+            endpoints=operations.ENDPOINTS | {"chat", "completions"},
+            extra_fields=False,
+            slots=self._settings.slots,
+            version="1",
+        )
 
     async def load(self) -> Load:
         return Load(

@@ -93,6 +93,8 @@ class TokenizeRequest(_Request, frozen=True, kw_only=True):
     text: str | None = None
     chat: tuple[Message, ...] = ()
     add_special_tokens: bool = True
+    #: The texts of the tokens are asked for as well.
+    with_texts: bool = False
 
 
 class DetokenizeRequest(_Request, frozen=True, kw_only=True):
