@@ -12,13 +12,18 @@ from msgspec import Struct
 
 from forebay.api import (
     AdapterKind,
+    Attempt,
     Capabilities,
+    Endpoint,
     GenerateRequest,
     HttpBackendSettings,
     Load,
+    Operation,
+    Result,
     Timings,
     hookimpl,
 )
+from forebay_plugins.llamacpp_operations import perform, served
 from forebay_plugins.openai_shape import seconds
 from forebay_plugins.openai_wire import OpenAIServer
 from forebay_plugins.prometheus_text import samples
@@ -66,13 +71,19 @@ class LlamaCppAdapter(OpenAIServer):
     usage_by_choice = True
     _context_size = 0
     _metrics = True
+    #: What was found by asking, and of which model in which build.
+    _endpoints: frozenset[Endpoint] | None = None
+    _known: tuple[str, str] | None = None
 
     async def probe(self) -> Capabilities:
         await self.get("/health")  # 503 while the model is being loaded
-        props: Props = await self.get_json("/props", Props)
-        self._context_size = props.default_generation_settings.n_ctx
-        self._metrics = props.endpoint_metrics
+        props = await self._props()
+        known = (props.build_info, props.model_alias)
+        if self._endpoints is None or known != self._known:
+            self._endpoints = await served(self)
+            self._known = known
         return Capabilities(
+            endpoints=self._endpoints,
             tools=props.chat_template_caps.get("supports_tools", False),
             schema=True,
             logprobs=True,
@@ -82,6 +93,15 @@ class LlamaCppAdapter(OpenAIServer):
             version=props.build_info,
             models=(props.model_alias,) if props.model_alias else (),
         )
+
+    async def _props(self) -> Props:
+        props: Props = await self.get_json("/props", Props)
+        self._context_size = props.default_generation_settings.n_ctx
+        self._metrics = props.endpoint_metrics
+        return props
+
+    async def perform(self, request: Operation, attempt: Attempt) -> Result:
+        return await perform(self, request, attempt, self._context_size)
 
     async def load(self) -> Load | None:
         """None if the server was started without `--metrics`."""
@@ -102,7 +122,7 @@ class LlamaCppAdapter(OpenAIServer):
         if request.endpoint == "completions":
             return {"max_tokens": COMPLETION_TOKENS}
         if not self.settings.max_tokens and not self._context_size:
-            await self.probe()
+            await self._props()
         return {"max_tokens": self.settings.max_tokens or self._context_size}
 
     def timings(self, closing: Mapping[str, Any]) -> Timings | None:

@@ -198,15 +198,59 @@ class OpenAIServer(Adapter):
 
         :raises BackendError: it can't be had, or is of another shape.
         """
-        body = await self.get(path)
+        return _shaped(await self.get(path), shape, f"GET {path}")
+
+    async def post_json(
+        self, path: str, content: Mapping[str, object], shape: type[Any], attempt: Attempt
+    ) -> Any:
+        """The JSON object that answers this one, as a struct; for work that is no generation.
+
+        :raises BackendError: as for :meth:`stream`.
+        """
+        headers = {k: v for k, v in attempt.headers.items() if k not in self.withheld}
+        response = await self._upstream.send(
+            "POST",
+            path,
+            body=msgspec.json.encode(content),
+            headers={**headers, **self._headers},
+            connect_timeout=attempt.timeouts.connect,
+        )
         try:
-            return msgspec.json.decode(body, type=shape)
-        except msgspec.DecodeError as wrong:
-            raise BackendGarbage(f"GET {path} of the backend: {wrong}") from None
+            await self._check(response, "application/json")
+            return _shaped(await response.read(), shape, f"POST {path}")
+        finally:
+            await response.aclose()
+
+    async def status(self, method: str, path: str, content: object = None) -> int:
+        """The status of the answer to a probe's question; its body is of no interest.
+
+        :raises BackendError: there is none, or it tells of the server's state only (429, 5xx).
+        """
+        response = await self._upstream.send(
+            method,
+            path,
+            body=b"" if content is None else msgspec.json.encode(content),
+            headers=self._headers,
+            connect_timeout=self.settings.probe_timeout,
+        )
+        try:
+            if response.status == 429 or (response.status >= 500 and response.status != 501):
+                await self._check(response, "")
+            await response.read()
+            return response.status
+        finally:
+            await response.aclose()
 
     async def aclose(self) -> None:
         if "_upstream" in self.__dict__:
             await self._upstream.aclose()
+
+
+def _shaped(body: bytes, shape: type[Any], asked: str) -> Any:
+    try:
+        return msgspec.json.decode(body, type=shape)
+    except (msgspec.DecodeError, UnicodeDecodeError) as wrong:
+        raise BackendGarbage(f"{asked} of the backend: {wrong}") from None
 
 
 def _object(request: GenerateRequest, field: str) -> dict[str, object]:

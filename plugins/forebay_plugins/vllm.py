@@ -1,4 +1,7 @@
-"""Adapter ``vllm``: vLLM's OpenAI server (read at 0.32; V0's metrics are understood too)."""
+"""Adapter ``vllm``: vLLM's OpenAI server (read at 0.32; V0's metrics are understood too).
+
+LoRA adapters are models there: ``model`` may be any name that ``/v1/models`` lists.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,23 @@ from msgspec import Struct
 
 from forebay.api import (
     AdapterKind,
+    Attempt,
     BackendFailed,
     Capabilities,
+    Endpoint,
+    GenerateRequest,
     HttpBackendSettings,
     Load,
+    Operation,
+    Result,
     Timings,
     hookimpl,
 )
 from forebay_plugins.openai_shape import seconds
 from forebay_plugins.openai_wire import OpenAIServer
 from forebay_plugins.prometheus_text import samples
+from forebay_plugins.vllm_operations import perform, served
+from forebay_plugins.vllm_structured import Generation, asked, constraints, generation_of
 
 __all__ = ["VllmAdapter", "VllmSettings"]
 
@@ -51,7 +61,11 @@ class VllmAdapter(OpenAIServer):
     """One vLLM server."""
 
     settings: VllmSettings
-    _version: str | None = None
+    _version = ""
+    #: What was found by asking; asked again when the server's version or models change.
+    _endpoints: frozenset[Endpoint] | None = None
+    _generation: Generation | None = None
+    _known: tuple[str, tuple[str, ...]] | None = None
 
     async def probe(self) -> Capabilities:
         await self.get("/health")
@@ -60,9 +74,10 @@ class VllmAdapter(OpenAIServer):
         wanted = self.settings.model
         if wanted and wanted not in names:
             raise BackendFailed(f"the backend does not serve `model: {wanted}`, but {names}")
-        if self._version is None:
-            self._version = (await self.get_json("/version", Version)).version
+        self._version = (await self.get_json("/version", Version)).version
+        endpoints = await self._find_out(names)
         return Capabilities(
+            endpoints=endpoints,
             tools=self.settings.tools,
             schema=True,
             logprobs=True,
@@ -72,6 +87,26 @@ class VllmAdapter(OpenAIServer):
             version=self._version,
             models=names,
         )
+
+    async def _find_out(self, names: tuple[str, ...]) -> frozenset[Endpoint]:
+        known = (self._version, names)
+        if self._endpoints is None or known != self._known:
+            self._generation = None
+            self._endpoints = await served(self, self.settings.model or next(iter(names), ""))
+            self._known = known
+        return self._endpoints
+
+    async def changes(self, request: GenerateRequest) -> dict[str, object]:
+        names = asked(request)
+        if not names:
+            return {}
+        if self._generation is None:
+            model = self.settings.model or request.model
+            self._generation = await generation_of(self, model, self._version)
+        return constraints(request, names, self._generation)
+
+    async def perform(self, request: Operation, attempt: Attempt) -> Result:
+        return await perform(self, request, attempt)
 
     async def load(self) -> Load | None:
         """Of all data-parallel engines: requests summed, the share of KV in use averaged."""

@@ -118,8 +118,24 @@ class Vllm:
             exchange.answer(200, {"object": "list", "data": [card]})
         elif exchange.path == "/version":
             exchange.answer(200, {"version": "0.32.0"})
+        elif exchange.path == "/openapi.json":
+            routes = ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
+            exchange.answer(200, {"paths": {route: {"post": {}} for route in routes}})
         elif exchange.path == "/metrics":
             exchange.answer(200, Path(__file__).with_name("vllm_metrics.txt").read_bytes())
+        else:
+            exchange.answer(404, {"detail": "Not Found"})
+
+    @staticmethod
+    def operate(exchange: Exchange) -> None:
+        """Answer a POST that is no generation."""
+        asked = exchange.json
+        if exchange.path == "/tokenize":
+            strings = ["<bos>", "Hello"] if asked.get("return_token_strs") else None
+            said = {"count": 2, "max_model_len": 4096, "tokens": [2, 9259], "token_strs": strings}
+            exchange.answer(200, said)
+        elif exchange.path == "/detokenize":
+            exchange.answer(200, {"prompt": "Hello" * len(asked["tokens"])})
         else:
             exchange.answer(404, {"detail": "Not Found"})
 
@@ -203,10 +219,30 @@ class LlamaCpp(Vllm):
             error = {"message": "File Not Found", "type": "not_found_error", "code": 404}
             exchange.answer(404, {"error": error})
 
+    @staticmethod
+    def operate(exchange: Exchange) -> None:
+        """Started without `--embeddings` and `--rerank`."""
+        asked = exchange.json
+        if exchange.path == "/tokenize":
+            ids = [2, 9259, 478] if asked.get("add_special") else [9259, 478]
+            pieces: dict[int, Any] = {2: "<bos>", 9259: "Hello", 478: [240]}
+            exchange.answer(200, {"tokens": [{"id": id_, "piece": pieces[id_]} for id_ in ids]})
+        elif exchange.path == "/detokenize":
+            exchange.answer(200, {"content": "Hello" * len(asked["tokens"])})
+        elif exchange.path == "/apply-template":
+            exchange.answer(200, {"prompt": f"<user>{asked['messages'][0]['content']}"})
+        else:
+            message = "This server does not support it. Start it with `--it`"
+            error = {"code": 501, "message": message, "type": "not_supported_error"}
+            exchange.answer(501, {"error": error})
+
 
 async def serve(exchange: Exchange, scenario: Scenario, kind: type[Vllm]) -> None:
     if exchange.method == "GET":
         kind.get(exchange, scenario)
+        return
+    if not exchange.path.endswith("/completions"):
+        kind.operate(exchange)
         return
     asked = exchange.json
     said = kind(asked)
