@@ -281,8 +281,8 @@ def _chat_text(request: Request, *, stop_at_media: bool = False) -> Iterator[str
         if stop_at_media and _has_media(message):
             return
         yield message.text()
-        if message.tool_calls is not None:
-            yield _FIELD + bytes(message.tool_calls).decode("utf-8", _SURROGATES)
+        for call in message.tool_calls or ():
+            yield _FIELD + bytes(call).decode("utf-8", _SURROGATES)
 
 
 def _has_media(message: Message) -> bool:

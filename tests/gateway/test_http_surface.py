@@ -269,6 +269,31 @@ async def test_what_no_backend_can_do_is_said_with_the_reason(serve_gateway) -> 
     assert "a cannot call tools" in response.json()["error"]["message"]
 
 
+async def test_calls_of_tools_and_their_choice_are_taken_as_they_come(serve_gateway) -> None:
+    gateway = await serve_gateway(config())
+    gateway.app.fleet.backends["a"].capabilities = Capabilities(tools=True)
+    function = {"name": "f", "arguments": "{}"}
+    calls = [{"id": "c", "type": "function", "function": function}]
+    messages = [
+        *CHAT["messages"],
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "c", "content": "1"},
+        {"role": "assistant", "content": "x", "tool_calls": None},
+        {"role": "user", "content": "go on"},
+    ]
+    choice = {"type": "function", "function": {"name": "f"}}
+    body = {"model": "m", "messages": messages, "tool_choice": choice}
+    body["tools"] = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    async with gateway.client() as client:
+        assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+    (request,) = gateway.scripted["a"].requests
+    assert [bytes(call) for call in request.messages[1].tool_calls] == [
+        b'{"id":"c","type":"function","function":{"name":"f","arguments":"{}"}}'
+    ]
+    assert request.messages[3].tool_calls is None
+    assert bytes(request.fields["tool_choice"]) == b'{"type":"function","function":{"name":"f"}}'
+
+
 async def test_keys_are_asked_for_everywhere_on_the_data_port(serve_gateway) -> None:
     keys = {"team": Key(hash=hash_of("secret"), tenant="acme")}
     gateway = await serve_gateway(config(keys=keys))

@@ -88,7 +88,7 @@ def test_roles_and_tool_calls_are_part_of_the_prompt() -> None:
     index = PrefixIndex(block_bytes=16)
     plain = chat(text(100), text(100))
     swapped = structs.replace(plain, messages=plain.messages[::-1])
-    call = structs.replace(plain.messages[1], tool_calls=Raw(b'[{"id":"1"}]'))
+    call = structs.replace(plain.messages[1], tool_calls=(Raw(b'{"id":"1"}'),))
     calling = structs.replace(plain, messages=(plain.messages[0], call))
     assert index.key(plain).hashes != index.key(swapped).hashes
     assert index.key(plain).size < index.key(calling).size

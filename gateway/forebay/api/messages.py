@@ -60,7 +60,8 @@ class Message(Struct, frozen=True, kw_only=True):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | tuple[ContentPart, ...] | None = None
     name: str | None = None
-    tool_calls: Raw | None = None
+    #: Each call as the client sent it.
+    tool_calls: tuple[Raw, ...] | None = None
     tool_call_id: str | None = None
 
     def text(self) -> str:

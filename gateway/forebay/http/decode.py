@@ -61,7 +61,7 @@ class ChatBody(Body, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: tuple[Raw, ...] | None = None
-    tool_choice: Raw | None = None
+    tool_choice: Raw = Raw(b"null")
 
 
 class CompletionBody(Body, kw_only=True):
