@@ -16,6 +16,7 @@ from forebay.access import Access
 from forebay.api import ForebayError, RequestError, UnknownModel
 from forebay.config import Limits
 from forebay.dispatch import Dispatch
+from forebay.http import anthropic
 from forebay.http.decode import decode_chat, decode_completion
 from forebay.http.operations import OPERATIONS
 from forebay.http.relay import Relay
@@ -38,6 +39,7 @@ class WrongMethod(RequestError):
 DIALECTS = (
     Dialect("chat", "/v1/chat/completions", decode_chat, openai_error),
     Dialect("completions", "/v1/completions", decode_completion, openai_error),
+    *anthropic.DIALECTS,
     *OPERATIONS,
 )
 
@@ -73,7 +75,7 @@ def _post_only(dialect: Dialect, relay: Relay) -> ASGIRouteHandler:
         if scope.get("method") == "POST":
             await relay(scope, receive, send)
         else:
-            error = WrongMethod(f"{dialect.route} takes POST")
+            error = WrongMethod(f"{dialect.template} takes POST")
             await send_error(send, dialect, error, [(b"allow", b"POST")])
 
     return handle
