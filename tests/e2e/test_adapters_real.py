@@ -9,16 +9,23 @@ from contextlib import asynccontextmanager
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
 from forebay.api import (
     Adapter,
+    Attempt,
     BackendFailed,
     BackendRefused,
+    DetokenizeRequest,
     Event,
     GenerateRequest,
+    Message,
     Relayed,
+    Text,
+    TokenizeRequest,
+    Tokens,
 )
 from forebay.testing import adapter_context, chat_request
 from forebay.testing.adapter import collect, stream
@@ -109,6 +116,38 @@ async def test_logprobs_are_passed_on(adapter: Adapter) -> None:
     read_answer(request, events)
     data = b"".join(event.data for event in events if isinstance(event, Relayed))
     assert data.count(b'"top_logprobs":[{') >= 3
+
+
+async def test_tokens_there_and_back(adapter: Adapter) -> None:
+    assert {"tokenize", "detokenize"} <= (await adapter.probe()).endpoints
+    asked: dict[str, Any] = {"id": "r", "model": "mine", "created": 1}
+    found = await adapter.perform(TokenizeRequest(text="Hello wörld", **asked), Attempt())
+    assert found == Tokens((2, 9259, 515, 4010, 671), None, 4096)
+    text = await adapter.perform(
+        DetokenizeRequest(tokens=(9259, 515, 4010, 671), **asked), Attempt()
+    )
+    assert text == Text("Hello wörld")
+    chat = (Message(role="user", content="Hi"),)
+    request = TokenizeRequest(chat=chat, add_special_tokens=False, **asked)
+    found = await adapter.perform(request, Attempt())
+    assert found == Tokens((2, 105, 2364, 107, 10979, 106, 107, 105, 4368, 107), None, 4096)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"guided_regex": "xy{2}z"}, {"structured_outputs": {"regex": "xy{2}z"}}]
+)
+async def test_constraints_of_any_generation_bind(real: dict[str, Any], fields: Any) -> None:
+    async with adapter_for(vllm, real["vllm"].url, model=MODEL) as adapter:
+        assert (await ask(adapter, chat_request(**fields))).texts == {0: "xyyz"}
+
+
+@pytest.mark.parametrize("streams", [True, False])
+async def test_the_typed_lane_says_the_same(adapter: Adapter, streams: bool) -> None:
+    request = chat_request("Count to ten", temperature=0, stream=streams)
+    typed = msgspec.structs.replace(request, typed=True)
+    relayed, events = await ask(adapter, request), await ask(adapter, typed)
+    assert events.texts == relayed.texts
+    assert events.finishes == relayed.finishes
 
 
 async def test_a_schema_is_kept(adapter: Adapter) -> None:
