@@ -22,6 +22,7 @@ __all__ = ["MAX_EVENT", "Scanner"]
 #: Bytes of the longest event; a server that sends more without a blank line speaks no SSE.
 MAX_EVENT = 1 << 20
 
+_NO_ROLE = b'"role":null,'
 _ENVELOPE = re.compile(rb'"(id|created|model)"\s*:\s*("(?:[^"\\]|\\.)*"|\d+)')
 
 
@@ -87,6 +88,9 @@ class Scanner:
             cut = chunk.rfind(b"\n\n") + 2 if b"\n\n" in chunk else 0
             self._carry = chunk[cut:]
             chunk = chunk[:cut]
+        # SGLang says so in each delta. A text cannot: its quotes are escaped.
+        if chunk.count(_NO_ROLE):
+            chunk = chunk.replace(_NO_ROLE, b"")
         count = self._plain(chunk)
         if count:
             self.events = count
@@ -227,10 +231,13 @@ class Scanner:
     def _role(self, index: int, delta: dict[str, Any]) -> bool:
         """The role comes once, in a choice's first delta: openai-python joins repeated ones."""
         if index in self._roles:
-            return delta.pop("role", None) is not None
+            known = "role" in delta
+            delta.pop("role", None)
+            return known
         self._roles.add(index)
-        changed = "role" not in delta
-        delta.setdefault("role", "assistant")
+        changed = not delta.get("role")
+        if changed:
+            delta["role"] = "assistant"
         if delta.get("content", "") is None and not delta.get("tool_calls"):
             delta["content"] = ""
             changed = True

@@ -33,3 +33,7 @@ class BeforeFake(AdapterContract):
 
 class TestTgi(BeforeFake):
     server = "tgi_server"
+
+
+class TestSglang(BeforeFake):
+    server = "sglang_server"
