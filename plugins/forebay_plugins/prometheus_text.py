@@ -13,15 +13,17 @@ from math import isfinite
 __all__ = ["samples"]
 
 #: What stands after a name: labels, in whose quoted values anything may stand, then the number.
-_REST = re.compile(rb'(?:\{(?:[^"}]|"(?:[^"\\]|\\.)*")*\})?[ \t]+(\S+)')
+_REST = re.compile(rb'(\{(?:[^"}]|"(?:[^"\\]|\\.)*")*\})?[ \t]+(\S+)')
 
 
-def samples(page: bytes, name: str) -> Sequence[float]:
+def samples(page: bytes, name: str, **labels: str) -> Sequence[float]:
     """The values of a metric, one for each set of labels; empty if the page does not have it.
 
-    Prometheus text format 0.0.4 and OpenMetrics 1.0; a value that is no finite number is left out.
+    With ``labels`` only those that have these, whose values need no escaping. Prometheus text
+    format 0.0.4 and OpenMetrics 1.0; a value that is no finite number is left out.
     """
     found = []
+    wanted = [f',{label}="{value}"'.encode() for label, value in labels.items()]
     key = name.encode()
     start = 0
     while (at := page.find(key, start)) >= 0:
@@ -29,11 +31,15 @@ def samples(page: bytes, name: str) -> Sequence[float]:
         if at and page[at - 1 : at] != b"\n":
             continue
         rest = _REST.match(page, start)
-        if rest is not None:
+        if rest is not None and _has(rest[1] or b"", wanted):
             try:
-                value = float(rest[1])
+                value = float(rest[2])
             except ValueError:
                 continue
             if isfinite(value):
                 found.append(value)
     return found
+
+
+def _has(labels: bytes, wanted: Sequence[bytes]) -> bool:
+    return not wanted or all(part in b"," + labels[1:] for part in wanted)

@@ -183,7 +183,9 @@ class TritonPythonModel:
             return pb.InferenceResponse(outputs)
         outputs = [tensor("text_output", np.object_, [text.encode()])]
         if value(request, "return_log_probs", False):
-            outputs.append(tensor("output_log_probs", np.float32, [-len(text) / 10] if text else []))
+            outputs.append(
+                tensor("output_log_probs", np.float32, [-len(text) / 10] if text else [])
+            )
         if value(request, "return_num_input_tokens", False):
             outputs.append(tensor("num_input_tokens", np.int32, [words]))
         if value(request, "return_num_output_tokens", False):

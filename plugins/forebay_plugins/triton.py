@@ -1,0 +1,396 @@
+"""Adapter ``triton``: NVIDIA's Triton Inference Server by HTTP (tried with 2.51).
+
+Each backend is one model. LLMs (TensorRT-LLM's ensemble, vLLM's backend) are asked by
+`generate_stream` alone: Triton does not notice that the client of a plain `generate` has left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from contextlib import aclosing, asynccontextmanager
+from functools import cached_property
+from typing import Any, Literal
+from urllib.parse import quote
+
+import msgspec
+from msgspec import Struct
+
+from forebay.api import (
+    Adapter,
+    AdapterContext,
+    AdapterKind,
+    Attempt,
+    BackendBusy,
+    BackendFailed,
+    BackendGarbage,
+    BackendRefused,
+    Capabilities,
+    Embeddings,
+    EmbedRequest,
+    Endpoint,
+    Event,
+    Finished,
+    GenerateRequest,
+    HttpBackendSettings,
+    Inference,
+    InferRequest,
+    Load,
+    Operation,
+    Result,
+    Started,
+    Unsupported,
+    Upstream,
+    UpstreamResponse,
+    hookimpl,
+)
+from forebay_plugins import kserve
+from forebay_plugins.chat_templates import ChatTemplate, chat_template
+from forebay_plugins.kserve import Model
+from forebay_plugins.prometheus_text import samples
+from forebay_plugins.triton_answer import Choice, Tally
+from forebay_plugins.triton_llm import Asked, Ensemble, Layout, VllmBackend
+
+__all__ = ["TritonAdapter", "TritonSettings"]
+
+#: ``max_tokens`` of /v1/completions where none is given, by OpenAI's documentation.
+COMPLETION_TOKENS = 16
+#: Bytes of an error's body that are read.
+ERROR_BYTES = 64 << 10
+#: Seconds after an answer's end in which the stream should end too, or the connection is dropped.
+TRAILER = 0.25
+
+Kind = Literal["auto", "tensorrtllm", "vllm", "embedding", "infer"]
+
+
+class TritonSettings(HttpBackendSettings, kw_only=True, frozen=True):
+    """Settings of `adapter: triton`; `model` names the model in Triton's repository."""
+
+    kind: Kind = "auto"
+    """What kind of model it is; `auto`: found out by its tensors."""
+    chat_template: str = ""
+    """Form of chat prompts, as Triton takes plain text: `plain`, `chatml`, `llama3`, `gemma`, or
+    the path of a Jinja file. Empty: no chat."""
+    max_tokens: int = 1024
+    """Limit of chat answers whose client sets none; Triton has to be given one."""
+    accumulates: bool = False
+    """Each response holds the whole text so far (`accumulate_tokens` of `tensorrt_llm_bls`)."""
+    max_context: int = 0
+    """Tokens of prompt and answer together; 0: not known."""
+    slots: int = 0
+    """Requests it works on at once; 0: not known."""
+    metrics_url: str = ""
+    """Base URL of its metrics port, e.g. `http://127.0.0.1:8002`; empty: its load is not read."""
+    engine: str = "tensorrt_llm"
+    """The TensorRT-LLM model behind the ensemble, under whose name the load is reported."""
+
+
+class Server(Struct):
+    version: str = ""
+
+
+class Listed(Struct):
+    name: str
+    state: str = ""
+
+
+class TritonAdapter(Adapter):
+    """One model of one Triton server."""
+
+    def __init__(self, settings: TritonSettings, context: AdapterContext) -> None:
+        self.settings = settings
+        self._context = context
+        self._template: ChatTemplate | None = None
+        self._model: Model | None = None
+        self._path = f"/v2/models/{quote(settings.model, safe='')}"
+
+    @cached_property
+    def _upstream(self) -> Upstream:
+        return self._context.connect(self.settings.url)
+
+    @cached_property
+    def _metrics(self) -> Upstream:
+        return self._context.connect(self.settings.metrics_url)
+
+    @cached_property
+    def _headers(self) -> Mapping[str, str]:
+        headers = {name.lower(): value for name, value in self.settings.headers.items()}
+        if self.settings.api_key:
+            headers["authorization"] = f"Bearer {self.settings.api_key}"
+        return headers
+
+    async def start(self) -> None:
+        """
+        :raises ConfigError: the chat template cannot be had.
+        """
+        if self.settings.chat_template:
+            self._template = chat_template(self.settings.chat_template)
+
+    async def probe(self) -> Capabilities:
+        if not self.settings.model:
+            raise BackendFailed("`model` must name the model in Triton's repository")
+        for path in ("/v2/health/ready", f"{self._path}/ready"):
+            await self._get(path, not_ready=400)
+        self._model = await self._read_model()
+        layout = _layout(self.settings, self._model)
+        return Capabilities(
+            endpoints=frozenset(self._endpoints(self._model, layout)),
+            logprobs=layout is not None and layout.logprobs,
+            schema=layout is not None and layout.schema,
+            max_context=self.settings.max_context,
+            slots=self.settings.slots,
+            version=(await self._json("/v2", Server)).version,
+            models=await self._ready_models(),
+        )
+
+    async def _read_model(self) -> Model:
+        metadata = await self._json(self._path, kserve.Metadata)
+        return Model.of(metadata, await self._json(f"{self._path}/config", kserve.Config))
+
+    def _endpoints(self, model: Model, layout: Layout | None) -> Iterable[Endpoint]:
+        if not model.decoupled:
+            yield "infer"
+        if layout is not None:
+            yield "completions"
+            if self._template is not None:
+                yield "chat"
+        elif _vectors(self.settings, model) is not None:
+            yield "embeddings"
+
+    async def _ready_models(self) -> tuple[str, ...]:
+        """Those of the repository; servers may restrict its index."""
+        response = await self._upstream.send(
+            "POST", "/v2/repository/index", body=b"{}", headers=self._headers
+        )
+        try:
+            body = await response.read()
+            if response.status != 200:
+                return (self.settings.model,)
+            listed = msgspec.json.decode(body, type=list[Listed])
+        except msgspec.DecodeError as wrong:
+            raise BackendGarbage(f"the index of the backend's models: {wrong}") from None
+        finally:
+            await response.aclose()
+        return tuple(dict.fromkeys(model.name for model in listed if model.state == "READY"))
+
+    async def load(self) -> Load | None:
+        """What TensorRT-LLM reports of its engine; of other models only the queue before them."""
+        if not self.settings.metrics_url:
+            return None
+        response = await self._metrics.send("GET", "/metrics")
+        try:
+            await _check(response)
+            page = await response.read()
+        finally:
+            await response.aclose()
+        requests, engine = "nv_trt_llm_request_metrics", self.settings.engine
+        active = samples(page, requests, model=engine, request_type="active")
+        waiting = samples(page, requests, model=engine, request_type="waiting")
+        cache = "nv_trt_llm_kv_cache_block_metrics"
+        kv = samples(page, cache, model=engine, kv_cache_block_type="fraction")
+        if not waiting:
+            pending = "nv_inference_pending_request_count"
+            waiting = samples(page, pending, model=self.settings.model)
+        return Load(
+            running=int(sum(active)) if active else None,
+            waiting=int(sum(waiting)) if waiting else None,
+            kv_usage=sum(kv) / len(kv) if kv else None,
+        )
+
+    async def stream(
+        self, request: GenerateRequest, attempt: Attempt
+    ) -> AsyncGenerator[Event, None]:
+        """In the typed lane. Several choices are generated one after the other."""
+        self._model = self._model or await self._read_model()
+        layout = _layout(self.settings, self._model)
+        if layout is None:
+            raise Unsupported("the backend's model generates no text")
+        asked = [self._asked(request, index) for index in range(request.choices)]
+        bodies = [layout.body(request, choice) for choice in asked]  # refused before any is sent
+        tally = Tally()
+        for index, body in enumerate(bodies):
+            async with self._open("generate_stream", body, attempt) as response:
+                if index == 0:
+                    yield Started()
+                choice = Choice(index, request, asked[index], layout, self.settings.accumulates)
+                async with aclosing(kserve.responses(response)) as pieces:
+                    async for piece in pieces:
+                        for delta in choice.feed(layout.read(piece)):
+                            yield delta
+                        if choice.finished:
+                            await _drain(pieces)
+                            break
+                    for delta in choice.end():
+                        yield delta
+                tally.add(choice, first=index % request.n == 0)
+        yield Finished(tally.usage())
+
+    def _asked(self, request: GenerateRequest, index: int) -> Asked:
+        """
+        :raises BackendRefused: the prompt is not text, or the chat template does not take it.
+        """
+        sampling = request.sampling
+        seed = sampling.seed
+        if seed is not None:
+            seed += index % request.n  # or all choices would be the same
+        if request.endpoint == "completions":
+            prompt = request.prompts[index // request.n]
+            if not isinstance(prompt, str):
+                raise BackendRefused("Triton's LLMs take no token ids", param="prompt")
+            limit = sampling.max_tokens or COMPLETION_TOKENS
+            return Asked(prompt, limit, sampling.stop, seed)
+        if self._template is None:
+            raise Unsupported("the backend has no `chat_template`")
+        prompt = self._template.render(request.messages)
+        limit = sampling.max_tokens or self.settings.max_tokens
+        stop = tuple(dict.fromkeys((*sampling.stop, *self._template.stop)))
+        return Asked(prompt, limit, stop, seed)
+
+    async def perform(self, request: Operation, attempt: Attempt) -> Result:
+        if isinstance(request, InferRequest):
+            return await self._infer(request, attempt)
+        if isinstance(request, EmbedRequest):
+            return await self._embed(request, attempt)
+        return await super().perform(request, attempt)
+
+    async def _infer(self, request: InferRequest, attempt: Attempt) -> Inference:
+        path = f"versions/{quote(request.version, safe='')}/infer" if request.version else "infer"
+        async with self._open(path, request.body, attempt, request.headers) as response:
+            headers = {
+                name: value
+                for name, value in response.headers.items()
+                if name in ("content-encoding", "inference-header-content-length")
+            }
+            content_type = response.headers.get("content-type", "application/json")
+            return Inference(await response.read(), content_type, headers)
+
+    async def _embed(self, request: EmbedRequest, attempt: Attempt) -> Embeddings:
+        self._model = self._model or await self._read_model()
+        tensors = _vectors(self.settings, self._model)
+        if tensors is None:
+            raise Unsupported("the backend's model gives no embeddings")
+        refused = ["dimensions"] if request.dimensions is not None else list(request.extra)
+        if refused:
+            raise BackendRefused("a model behind Triton does not know this field", param=refused[0])
+        texts = [text for text in request.inputs if isinstance(text, str)]
+        if len(texts) < len(request.inputs):
+            raise BackendRefused("a model behind Triton takes no token ids", param="input")
+        found: list[tuple[float, ...]] = []
+        for batch in kserve.batches(tensors[0], self._model, texts):
+            body = kserve.question(*tensors, batch)
+            async with self._open("infer", body, attempt) as response:
+                found += kserve.vectors(await response.read(), len(batch))
+        return Embeddings(tuple(found))
+
+    @asynccontextmanager
+    async def _open(
+        self, path: str, body: bytes, attempt: Attempt, headers: Mapping[str, str] = {}
+    ) -> AsyncIterator[UpstreamResponse]:
+        """A 200 of this model.
+
+        :raises BackendError: it is none, or of another kind than asked for.
+        """
+        response = await self._upstream.send(
+            "POST",
+            f"{self._path}/{path}",
+            body=body,
+            headers={**attempt.headers, **headers, **self._headers},
+            connect_timeout=attempt.timeouts.connect,
+        )
+        try:
+            await _check(response)
+            found = response.headers.get("content-type", "")
+            if path == "generate_stream" and not found.startswith("text/event-stream"):
+                raise BackendGarbage(f"the backend sent {found[:80]!r}, not a stream of events")
+            yield response
+        finally:
+            await response.aclose()
+
+    async def _get(self, path: str, not_ready: int = 0) -> bytes:
+        response = await self._upstream.send(
+            "GET", path, headers=self._headers, connect_timeout=self.settings.probe_timeout
+        )
+        try:
+            if response.status == not_ready:
+                raise BackendBusy("the backend or its model is not ready")
+            await _check(response)
+            return await response.read()
+        finally:
+            await response.aclose()
+
+    async def _json(self, path: str, shape: type[Any]) -> Any:
+        body = await self._get(path)
+        try:
+            return msgspec.json.decode(body, type=shape)
+        except msgspec.DecodeError as wrong:
+            raise BackendGarbage(f"GET {path} of the backend: {wrong}") from None
+
+    async def aclose(self) -> None:
+        for name in ("_upstream", "_metrics"):
+            if name in self.__dict__:
+                await self.__dict__[name].aclose()
+
+
+def _layout(settings: TritonSettings, model: Model) -> Layout | None:
+    """How to ask the model for text; None if it gives none.
+
+    :raises BackendFailed: it lacks the tensors of the configured kind.
+    """
+    kinds: dict[Kind, type[Layout]] = {"tensorrtllm": Ensemble, "vllm": VllmBackend}
+    for kind, layout in kinds.items():
+        known = layout.known_by <= model.inputs.keys() and "text_output" in model.outputs
+        if settings.kind == kind and not known:
+            raise BackendFailed(
+                f"`kind: {kind}`: the model must have {sorted(layout.known_by)} and text_output, "
+                f"but has {sorted(model.inputs)} and {sorted(model.outputs)}"
+            )
+        if settings.kind in ("auto", kind) and known:
+            return layout(model)
+    return None
+
+
+def _vectors(settings: TritonSettings, model: Model) -> tuple[kserve.Tensor, kserve.Tensor] | None:
+    """The tensors of an embedding model; None if it is none.
+
+    :raises BackendFailed: it was configured to be one.
+    """
+    if settings.kind not in ("auto", "embedding"):
+        return None
+    if settings.kind == "embedding" and model.embeds is None:
+        raise BackendFailed(
+            "`kind: embedding`: the model must have one input, of type BYTES, and an output of "
+            f"type FP32 or FP64, but has {sorted(model.inputs)} and {sorted(model.outputs)}"
+        )
+    return model.embeds
+
+
+async def _check(response: UpstreamResponse) -> None:
+    if response.status != 200:
+        try:
+            body = await response.read(ERROR_BYTES)
+        except BackendGarbage:
+            body = b""
+        raise kserve.failure_of(response.status, response.headers, body)
+
+
+async def _drain(pieces: AsyncIterator[object]) -> None:
+    """Read to the stream's end, without which the connection could not be used again."""
+    try:
+        async with asyncio.timeout(TRAILER):
+            async for _ in pieces:
+                pass
+    except TimeoutError:
+        return  # the model goes on; closing the connection stops it
+
+
+@hookimpl
+def adapters() -> Iterable[AdapterKind]:
+    return [
+        AdapterKind(
+            name="triton",
+            settings=TritonSettings,
+            build=TritonAdapter,
+            summary="Triton Inference Server: TensorRT-LLM, vLLM, embeddings, any model's infer.",
+            provider="triton",
+        )
+    ]
