@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import fields
 from itertools import count
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -27,6 +28,8 @@ from forebay_engine.wire import (
     Abort,
     Accepted,
     Command,
+    Detokenize,
+    Detokenized,
     Done,
     Event,
     Failed,
@@ -35,12 +38,16 @@ from forebay_engine.wire import (
     GetStatus,
     Output,
     Status,
+    Tokenize,
+    Tokenized,
     frame,
 )
 
 __all__ = [
     "ENGINE_COMMAND",
     "Accepted",
+    "Detokenize",
+    "Detokenized",
     "Done",
     "EngineClient",
     "EngineConfig",
@@ -53,7 +60,12 @@ __all__ = [
     "RequestRefused",
     "SamplingParams",
     "Status",
+    "Tokenize",
+    "Tokenized",
 ]
+
+Question = GetStatus | Tokenize | Detokenize
+Answer = TypeVar("Answer", Status, Tokenized, Detokenized)
 
 #: Starts the engine's process; its options are added.
 ENGINE_COMMAND = (sys.executable, "-m", "forebay_engine.process")
@@ -127,17 +139,42 @@ class EngineClient:
         :raises EngineUnavailable: there is no engine to ask.
         :raises EngineDied: it went before it answered.
         """
+        return await self._ask(GetStatus(0), Status)
+
+    async def tokenize(self, command: Tokenize) -> Tokenized:
+        """Token ids of a text or of messages. Cancelling it drops the work where it waits.
+
+        :raises RequestRefused: the chat template does not take the messages.
+        :raises EngineUnavailable: the engine is not there, or still loading.
+        :raises EngineDied: it went before it answered.
+        """
+        return await self._ask(command, Tokenized)
+
+    async def detokenize(self, command: Detokenize) -> Detokenized:
+        """The text of token ids.
+
+        :raises RequestRefused: there are no such tokens.
+        :raises EngineUnavailable: the engine is not there, or still loading.
+        :raises EngineDied: it went before it answered.
+        """
+        return await self._ask(command, Detokenized)
+
+    async def _ask(self, command: Question, kind: type[Answer]) -> Answer:
+        """A question that one event answers."""
         connection = self._connected()
-        question = GetStatus(connection.new_id())
+        command = msgspec.structs.replace(command, id=connection.new_id())
+        answered = False
         try:
-            event = await _next(connection.ask(question))
-            if not isinstance(event, Status):
-                raise EngineError(
-                    f"the engine answered {type(event).__name__} to a status question"
-                )
+            event = await _next(connection.ask(command))
+            answered = True
+            if isinstance(event, Failed):
+                raise _error(event)
+            if not isinstance(event, kind):
+                asked = type(command).__name__
+                raise EngineError(f"the engine answered {type(event).__name__} to {asked}")
             return event
         finally:
-            connection.forget(question.id, abort=False)
+            connection.forget(command.id, abort=not answered)
 
     @property
     def pid(self) -> int | None:

@@ -26,7 +26,18 @@ from forebay_engine.scheduler import Scheduler
 from forebay_engine.sequence import FinishReason, SamplingParams, Sequence
 from forebay_engine.step import Sampled, StepPlan, StepResult
 from forebay_engine.tokenizer import Tokenizer
-from forebay_engine.wire import Accepted, Done, Event, Generate, Logprob, Output
+from forebay_engine.wire import (
+    Accepted,
+    Detokenize,
+    Detokenized,
+    Done,
+    Event,
+    Generate,
+    Logprob,
+    Output,
+    Tokenize,
+    Tokenized,
+)
 
 
 class StepRunner(Protocol):
@@ -122,6 +133,15 @@ class Engine:
         emit(Accepted(command.id, request.prompt_tokens))
         self._work.set()
         return request
+
+    async def tokenize(self, command: Tokenize) -> Tokenized:
+        """:raises RequestRefused: the chat template does not take the messages."""
+        ids, texts = await asyncio.to_thread(self._encoder.tokens, command)
+        return Tokenized(command.id, ids, texts, self.max_model_len)
+
+    async def detokenize(self, command: Detokenize) -> Detokenized:
+        """:raises RequestRefused: there are no such tokens."""
+        return Detokenized(command.id, await asyncio.to_thread(self._encoder.text, command))
 
     def abort(self, request: Request) -> None:
         """Drop a request: no more events come, and its blocks are freed as by the scheduler."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from forebay_engine.chat import ChatTemplate
 from forebay_engine.errors import RequestRefused
 from forebay_engine.sequence import SamplingParams
 from forebay_engine.tokenizer import Tokenizer
-from forebay_engine.wire import Generate
+from forebay_engine.wire import Detokenize, Generate, Tokenize
 
 #: Each costs a name and a number for every token sent.
 MAX_LOGPROBS = 20
@@ -31,13 +33,32 @@ class PromptEncoder:
         if command.n < 1:
             raise RequestRefused(f"n is {command.n}; it must be at least 1", "n")
         if command.messages is not None:
-            return [self._chat(command)]
+            return [self._chat(command.messages, special=False)]
         if not command.prompts:
             raise RequestRefused("there is no prompt", "prompt")
         return [self._prompt(prompt) for prompt in command.prompts]
 
-    def _chat(self, command: Generate) -> list[int]:
-        if not command.messages:
+    def tokens(self, command: Tokenize) -> tuple[list[int], list[str] | None]:
+        """Token ids, and their texts if they are wanted. Slow for long texts.
+
+        :raises RequestRefused: these messages can't be rendered.
+        """
+        if command.messages is not None:
+            ids = self._chat(command.messages, special=command.special)
+        else:
+            ids = self._tokenizer.encode(command.text, special=command.special)
+        return ids, list(map(self._tokenizer.token_text, ids)) if command.texts else None
+
+    def text(self, command: Detokenize) -> str:
+        """The text of the tokens. Slow for many.
+
+        :raises RequestRefused: one of them is not in the vocabulary.
+        """
+        self._check_ids(command.token_ids, "tokens")
+        return self._tokenizer.spell(command.token_ids)
+
+    def _chat(self, messages: Sequence[dict[str, Any]], *, special: bool) -> list[int]:
+        if not messages:
             raise RequestRefused("there are no messages", "messages")
         if self._template is None:
             raise RequestRefused(
@@ -45,17 +66,20 @@ class PromptEncoder:
                 "or put a chat_template.jinja into its folder",
                 "messages",
             )
-        return self._tokenizer.encode(self._template.render(command.messages), special=False)
+        return self._tokenizer.encode(self._template.render(messages), special=special)
 
     def _prompt(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
             return self._tokenizer.encode(prompt, special=True)
-        for token_id in prompt:
+        self._check_ids(prompt, "prompt")
+        return prompt
+
+    def _check_ids(self, token_ids: Sequence[int], param: str) -> None:
+        for token_id in token_ids:
             if not 0 <= token_id < self._vocab_size:
                 raise RequestRefused(
-                    f"token id {token_id} is outside the vocabulary of {self._vocab_size}", "prompt"
+                    f"token id {token_id} is outside the vocabulary of {self._vocab_size}", param
                 )
-        return prompt
 
 
 def check(sampling: SamplingParams) -> None:

@@ -14,6 +14,8 @@ from forebay_engine.errors import EngineError, RequestRefused
 from forebay_engine.wire import (
     Abort,
     Command,
+    Detokenize,
+    Detokenized,
     Done,
     Event,
     Failed,
@@ -21,9 +23,14 @@ from forebay_engine.wire import (
     Generate,
     GetStatus,
     Status,
+    Tokenize,
+    Tokenized,
     frame,
 )
 
+Work = Generate | Tokenize | Detokenize
+#: Nothing comes after these.
+_LAST = Done | Failed | Tokenized | Detokenized
 _READ_BYTES = 1 << 16
 
 log = logging.getLogger("forebay_engine")
@@ -93,7 +100,7 @@ class _Connection:
                 self._send(self._server.status(id))
             case Abort(id):
                 self._abort(id)
-            case Generate():
+            case Generate() | Tokenize() | Detokenize():
                 if command.id in self._requests:
                     raise EngineError(f"id {command.id} is in use")
                 self._start(command)
@@ -102,29 +109,36 @@ class _Connection:
         for id in list(self._requests):
             self._abort(id)
 
-    def _start(self, command: Generate) -> None:
+    def _start(self, command: Work) -> None:
         def report(task: asyncio.Task[Request | None]) -> None:
             if not task.cancelled() and (error := task.exception()) is not None:
                 log.error("a request could not be started", exc_info=error)
                 self._send(Failed(command.id, "failed", f"the engine failed: {error}"))
 
-        task = asyncio.create_task(self._generate(command))
+        task = asyncio.create_task(self._begin(command))
         self._requests[command.id] = task
         task.add_done_callback(report)
 
-    async def _generate(self, command: Generate) -> Request | None:
+    async def _begin(self, command: Work) -> Request | None:
+        """The generation that has begun; None: nothing goes on."""
         engine = self._server.engine
         if engine is None:
             self._send(Failed(command.id, "loading", "the model is being loaded"))
             return None
         try:
-            return await engine.submit(command, self._send)
+            match command:
+                case Generate():
+                    return await engine.submit(command, self._send)
+                case Tokenize():
+                    self._send(await engine.tokenize(command))
+                case Detokenize():
+                    self._send(await engine.detokenize(command))
         except RequestRefused as refusal:
             self._send(Failed(command.id, "refused", refusal.message, refusal.param))
-            return None
+        return None
 
     def _send(self, event: Event) -> None:
-        if isinstance(event, Done | Failed):
+        if isinstance(event, _LAST):
             self._requests.pop(event.id, None)
         if not self._writer.is_closing():
             self._writer.write(frame(event))

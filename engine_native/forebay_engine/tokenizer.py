@@ -11,13 +11,13 @@ from forebay_engine.errors import StartRefused
 
 
 class Tokenizer:
-    """Thread-safe: ``encode`` runs beside the others in a thread of its own."""
+    """Thread-safe: prompts are encoded, and tokens asked for, in threads beside the engine."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         # An ordinary token, so that the next one is decoded as in the middle of a text.
         self._anchor = backend.encode("a", add_special_tokens=False).ids[-1:]
-        self._anchor_length = len(self._decode_all(self._anchor))
+        self._anchor_length = len(self.spell(self._anchor))
         self._texts: dict[int, str] = {}
 
     @classmethod
@@ -41,13 +41,14 @@ class Tokenizer:
         """The text of tokens, special ones left out."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
+    def spell(self, ids: Items[int]) -> str:
+        """The text of tokens, special ones by their name."""
+        return self._backend.decode(list(ids), skip_special_tokens=False)
+
     def token_text(self, token_id: int) -> str:
         """The text of one token as it stands within a text, special tokens by their name."""
         text = self._texts.get(token_id)
         if text is None:
-            text = self._decode_all([*self._anchor, token_id])[self._anchor_length :]
+            text = self.spell([*self._anchor, token_id])[self._anchor_length :]
             self._texts[token_id] = text
         return text
-
-    def _decode_all(self, ids: list[int]) -> str:
-        return self._backend.decode(ids, skip_special_tokens=False)

@@ -2,7 +2,8 @@
 
 A client sends commands and gets events; ``id`` ties them together and is chosen by the client,
 unique among what is open on its connection. A generation is answered by ``Accepted Output* Done``,
-or ends in ``Failed``; after an ``Abort`` nothing more is sent for it. Closing the connection aborts
+or ends in ``Failed``; ``Tokenize`` by ``Tokenized`` and ``Detokenize`` by ``Detokenized``, or they
+fail. After an ``Abort`` nothing more is sent. Closing the connection aborts
 all that was started on it.
 """
 
@@ -42,6 +43,25 @@ class Generate(Struct, frozen=True, kw_only=True, tag="generate"):
     salt: str = ""
     #: W3C trace context of the span under which the engine's spans belong; empty: none.
     traceparent: str = ""
+
+
+class Tokenize(Struct, frozen=True, kw_only=True, tag="tokenize"):
+    """The token ids of ``text``, or of ``messages`` under the chat template."""
+
+    id: int = 0
+    text: str = ""
+    messages: list[dict[str, Any]] | None = None
+    #: Add what the model wants around a text, such as its ``<bos>``.
+    special: bool = True
+    #: The texts of the tokens are wanted as well.
+    texts: bool = False
+
+
+class Detokenize(Struct, frozen=True, kw_only=True, tag="detokenize"):
+    """The text of token ids, special ones by their name."""
+
+    id: int = 0
+    token_ids: list[int]
 
 
 class Abort(Struct, frozen=True, tag="abort"):
@@ -89,6 +109,20 @@ class Done(Struct, frozen=True, tag="done"):
     decode: float
 
 
+class Tokenized(Struct, frozen=True, tag="tokenized"):
+    id: int
+    token_ids: list[int]
+    #: None: not wanted.
+    texts: list[str] | None
+    #: Tokens of prompt and answer together.
+    max_model_len: int
+
+
+class Detokenized(Struct, frozen=True, tag="detokenized"):
+    id: int
+    text: str
+
+
 class Failed(Struct, frozen=True, tag="failed"):
     """``refused``: the request's fault; ``loading``: too early; ``failed``: a defect of ours."""
 
@@ -113,8 +147,8 @@ class Status(Struct, frozen=True, kw_only=True, tag="status"):
     counters: dict[str, int] = {}
 
 
-Command = Generate | Abort | GetStatus
-Event = Accepted | Output | Done | Failed | Status
+Command = Generate | Tokenize | Detokenize | Abort | GetStatus
+Event = Accepted | Output | Done | Tokenized | Detokenized | Failed | Status
 
 
 def frame(message: Command | Event) -> bytes:

@@ -22,23 +22,30 @@ from forebay.api import (
     ConfigError,
     ConnectFailed,
     Delta,
+    DetokenizeRequest,
     Event,
     Finished,
     FinishReason,
     GenerateRequest,
     Load,
     Message,
+    Operation,
+    Result,
     Sampling,
     Started,
     StreamTruncated,
+    Text,
     Timings,
+    TokenizeRequest,
     TokenLogprob,
+    Tokens,
     Usage,
     hookimpl,
 )
 from forebay_engine.client import (
     ENGINE_COMMAND,
     Accepted,
+    Detokenize,
     Done,
     EngineClient,
     EngineConfig,
@@ -50,6 +57,7 @@ from forebay_engine.client import (
     RequestRefused,
     SamplingParams,
     Status,
+    Tokenize,
 )
 
 #: OpenAI's default for completions; a chat answer may fill the context.
@@ -122,11 +130,43 @@ class NativeAdapter(Adapter):
         except EngineError as error:
             raise BackendFailed(error.message) from error
 
+    async def perform(self, request: Operation, attempt: Attempt) -> Result:
+        for name in request.extra:
+            raise _unsupported(f"the field {name!r}", name)
+        try:
+            match request:
+                case TokenizeRequest():
+                    return await self._tokenize(request)
+                case DetokenizeRequest():
+                    command = Detokenize(token_ids=list(request.tokens))
+                    return Text((await self._engine().detokenize(command)).text)
+        except RequestRefused as error:
+            raise BackendRefused(error.message, param=error.param) from error
+        except EngineUnavailable as error:
+            raise _unavailable(error) from error
+        except EngineDied as error:
+            raise ConnectFailed(error.message) from error
+        except EngineError as error:
+            raise BackendFailed(error.message) from error
+        return await super().perform(request, attempt)
+
+    async def _tokenize(self, request: TokenizeRequest) -> Tokens:
+        command = Tokenize(
+            text=request.text or "",
+            messages=None if request.text is not None else [_message(m) for m in request.chat],
+            special=request.add_special_tokens,
+            texts=request.with_texts,
+        )
+        found = await self._engine().tokenize(command)
+        texts = None if found.texts is None else tuple(found.texts)
+        return Tokens(tuple(found.token_ids), texts, found.max_model_len)
+
     async def probe(self) -> Capabilities:
         status = await self._status()
         if status.state == "loading":
             raise BackendBusy("the model is being loaded", code="loading", retry_after=1.0)
         return Capabilities(
+            endpoints=frozenset({"chat", "completions", "tokenize", "detokenize"}),
             logprobs=True,
             extra_fields=False,
             max_context=status.max_model_len,
@@ -212,7 +252,11 @@ def _refuse_unsupported(request: GenerateRequest) -> None:
     reasons += [(True, name, f"the field {name!r}") for name in request.extra]
     for applies, param, what in reasons:
         if applies:
-            raise BackendRefused(f"the native engine does not support {what}", param=param)
+            raise _unsupported(what, param)
+
+
+def _unsupported(what: str, param: str) -> BackendRefused:
+    return BackendRefused(f"the native engine does not support {what}", param=param)
 
 
 def _message(message: Message) -> dict[str, Any]:
@@ -220,7 +264,7 @@ def _message(message: Message) -> dict[str, Any]:
     if message.name is not None:
         found["name"] = message.name
     if message.tool_calls is not None:
-        found["tool_calls"] = msgspec.json.decode(message.tool_calls)
+        found["tool_calls"] = [msgspec.json.decode(call) for call in message.tool_calls]
     if message.tool_call_id is not None:
         found["tool_call_id"] = message.tool_call_id
     return found

@@ -16,6 +16,7 @@ import pytest
 
 from forebay_engine.client import (
     Accepted,
+    Detokenize,
     Done,
     EngineClient,
     EngineConfig,
@@ -26,6 +27,7 @@ from forebay_engine.client import (
     RequestRefused,
     SamplingParams,
     Status,
+    Tokenize,
 )
 from forebay_engine.errors import EngineError
 from forebay_engine.wire import FrameReader, frame
@@ -110,6 +112,29 @@ async def test_it_serves_refuses_and_counts() -> None:
         assert status.counters["finished"] == 21
 
 
+async def test_it_tokenizes_and_turns_tokens_back() -> None:
+    async with engine() as client:
+        await ready(client)
+        found = await client.tokenize(Tokenize(text="Grüße", texts=True))
+        bare = await client.tokenize(Tokenize(text="Grüße", special=False))
+        assert found.max_model_len == 256
+        assert found.texts is not None
+        assert [len(found.texts), found.texts[:3]] == [len(found.token_ids), ["<bos>", "G", "r"]]
+        assert (bare.token_ids, bare.texts) == (found.token_ids[1:], None)
+        assert (await client.detokenize(Detokenize(token_ids=found.token_ids))).text == "<bos>Grüße"
+        hello = [{"role": "user", "content": "Hi"}]
+        chat = await client.tokenize(Tokenize(messages=hello, special=False))
+        text = (await client.detokenize(Detokenize(token_ids=chat.token_ids))).text
+        assert text == ("<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>assistant\n")
+        with pytest.raises(RequestRefused, match="vocabulary of 261") as refusal:
+            await client.detokenize(Detokenize(token_ids=[5, 261]))
+        assert refusal.value.param == "tokens"
+        with pytest.raises(RequestRefused, match="no messages"):
+            await client.tokenize(Tokenize(messages=[]))
+        # Nothing of it is left open.
+        assert await text_of(client, request()) == "Hell"
+
+
 @pytest.mark.parametrize("how", ["close", "cancel"])
 async def test_leaving_frees_the_sequences_at_once(how: str) -> None:
     async with engine("slow") as client:
@@ -168,7 +193,7 @@ async def test_death_ends_what_is_open_and_the_engine_comes_back() -> None:
             async for _ in events:
                 pass
         with pytest.raises(EngineUnavailable) as gone:
-            await client.status()
+            await client.detokenize(Detokenize(token_ids=[1]))
         assert not gone.value.loading
         await ready(client)
         assert client.pid != first
@@ -184,6 +209,8 @@ async def test_while_it_loads_it_says_so() -> None:
         with pytest.raises(EngineUnavailable, match="loaded") as loading:
             await text_of(client, request())
         assert loading.value.loading
+        with pytest.raises(EngineUnavailable, match="loaded"):
+            await client.tokenize(Tokenize(text="Hello"))
 
 
 async def test_a_start_that_cannot_succeed_is_not_tried_again(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from forebay.api import (
     ConnectFailed,
     ContentPart,
     Delta,
+    DetokenizeRequest,
+    EmbedRequest,
     Event,
     Finished,
     GenerateRequest,
@@ -32,6 +34,10 @@ from forebay.api import (
     Sampling,
     Started,
     StreamTruncated,
+    Text,
+    TokenizeRequest,
+    Tokens,
+    Unsupported,
     Upstream,
 )
 from forebay.testing import AdapterContract, Bench, Scenario, chat_request
@@ -324,8 +330,55 @@ async def collect_rest(events: AsyncIterator[Event]) -> None:
         pass
 
 
+def tokenize(**what: Any) -> TokenizeRequest:
+    return TokenizeRequest(id="forebay-1", model="m", created=1, **what)
+
+
+def detokenize(*tokens: int) -> DetokenizeRequest:
+    return DetokenizeRequest(id="forebay-1", model="m", created=1, tokens=tokens)
+
+
+async def test_it_tokenizes_texts_and_chats_and_turns_tokens_back() -> None:
+    async with native() as adapter:
+        assert {"tokenize", "detokenize"} <= (await adapter.probe()).endpoints
+        plain = await adapter.perform(tokenize(text="Hi", add_special_tokens=False), Attempt())
+        assert isinstance(plain, Tokens)
+        assert (plain.texts, plain.max_model_len, len(plain.ids)) == (None, 256, 2)
+        marked = await adapter.perform(tokenize(text="Hi", with_texts=True), Attempt())
+        assert isinstance(marked, Tokens)
+        assert marked.texts == ("<bos>", "H", "i")
+        assert marked.ids[1:] == plain.ids
+        hello = (Message(role="user", content="Hi"),)
+        chat = await adapter.perform(tokenize(chat=hello, add_special_tokens=False), Attempt())
+        assert isinstance(chat, Tokens)
+        text = await adapter.perform(detokenize(*chat.ids), Attempt())
+        assert isinstance(text, Text)
+        assert text.text.count("<bos>") == 1
+        assert text.text.endswith("user\nHi<end_of_turn>\n<start_of_turn>assistant\n")
+        with pytest.raises(BackendRefused, match="vocabulary") as refusal:
+            await adapter.perform(detokenize(9999), Attempt())
+        assert refusal.value.param == "tokens"
+        with pytest.raises(BackendRefused, match="chat_template") as refusal:
+            await adapter.perform(tokenize(text="a", extra=("chat_template",)), Attempt())
+        assert refusal.value.param == "chat_template"
+
+
+async def test_it_does_no_other_work() -> None:
+    async with native() as adapter:
+        with pytest.raises(Unsupported, match="embeddings"):
+            await adapter.perform(
+                EmbedRequest(id="r", model="m", created=1, inputs=("a",)), Attempt()
+            )
+
+
 async def test_while_it_loads_it_is_busy() -> None:
     async with native("loading") as adapter:
+        while True:
+            with pytest.raises(BackendBusy) as early:
+                await adapter.perform(tokenize(text="a"), Attempt())
+            if "being loaded" in early.value.message:
+                break
+            await asyncio.sleep(0.01)
         with pytest.raises(BackendBusy) as busy:
             await adapter.probe()
         assert busy.value.code == "loading"
@@ -355,6 +408,8 @@ async def test_what_was_not_started_has_no_engine() -> None:
         await adapter.probe()
     with pytest.raises(ConnectFailed):
         await collect(adapter, completion("a"))
+    with pytest.raises(ConnectFailed):
+        await adapter.perform(detokenize(1), Attempt())
     await adapter.aclose()
 
 

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
 from forebay.api import (
+    Attempt,
     BackendBusy,
     BackendError,
     BackendFailed,
+    BackendRefused,
     ConnectFailed,
     Delta,
+    DetokenizeRequest,
+    Embeddings,
+    EmbedRequest,
     Event,
     Finished,
+    InferRequest,
     Load,
+    Message,
+    Ranked,
+    Ranking,
+    RerankRequest,
+    ScoreRequest,
+    Scores,
     StreamTruncated,
+    Text,
+    TokenizeRequest,
+    Tokens,
+    Unsupported,
     Usage,
 )
 from forebay.testing import adapter_context, chat_request
@@ -172,3 +189,78 @@ async def test_failures_can_be_set_while_it_runs() -> None:
         await adapter.probe()
     adapter.failures = Failures()
     assert (await adapter.probe()).slots == 4
+
+
+def operation(kind: type[Any], **what: Any) -> Any:
+    return kind(id="r", model="m", created=1, **what)
+
+
+async def test_equal_inputs_have_equal_unit_vectors() -> None:
+    request = operation(EmbedRequest, inputs=("a b", "a b", "c", (1, 2)), dimensions=5)
+    found = await simulated().perform(request, Attempt())
+    assert isinstance(found, Embeddings)
+    first, again, other, ids = found.vectors
+    assert first == again
+    assert len({first, other, ids}) == 3
+    assert [len(vector) for vector in found.vectors] == [5] * 4
+    assert all(math.hypot(*vector) == pytest.approx(1) for vector in found.vectors)
+    assert found.usage == Usage(7, 0)
+    default = await simulated().perform(operation(EmbedRequest, inputs=("a",)), Attempt())
+    assert isinstance(default, Embeddings)
+    assert len(default.vectors[0]) == 64
+
+
+async def test_texts_are_alike_as_far_as_they_share_words() -> None:
+    documents = ("a stone", "Water turns", "water turns the wheel", "")
+    request = operation(RerankRequest, query="water turns", documents=documents, top_n=3)
+    ranking = await simulated().perform(request, Attempt())
+    assert ranking == Ranking((Ranked(1, 1.0), Ranked(2, 0.5), Ranked(0, 0.0)), Usage(16, 0))
+    pairs = (("a b", "b c"), ("", ""))
+    scores = await simulated().perform(operation(ScoreRequest, pairs=pairs), Attempt())
+    assert scores == Scores((1 / 3, 1.0), Usage(4, 0))
+
+
+async def test_tokens_of_one_can_be_turned_back_by_another() -> None:
+    request = operation(TokenizeRequest, text="Grüße", with_texts=True)
+    tokens = await simulated().perform(request, Attempt())
+    assert isinstance(tokens, Tokens)
+    assert tokens.texts is not None
+    assert tokens.texts[:4] == ("G", "r", "<0xC3>", "<0xBC>")
+    back = await simulated().perform(operation(DetokenizeRequest, tokens=tokens.ids), Attempt())
+    assert back == Text("Grüße")
+    chat = operation(TokenizeRequest, chat=(Message(role="user", content="Hi"),))
+    tokens = await simulated().perform(chat, Attempt())
+    assert isinstance(tokens, Tokens)
+    assert (bytes(tokens.ids), tokens.texts) == (b"user: Hi\nassistant:", None)
+    with pytest.raises(BackendRefused, match="0 to 255") as refusal:
+        await simulated().perform(operation(DetokenizeRequest, tokens=(1, 256)), Attempt())
+    assert refusal.value.param == "tokens"
+
+
+async def test_operations_take_slots_and_fail_like_answers() -> None:
+    request = operation(EmbedRequest, inputs=("a",))
+    adapter = simulated(slots=1, queue=1, failures=Failures(silent=1))
+    tasks = [asyncio.ensure_future(adapter.perform(request, Attempt())) for _ in range(2)]
+    await until(lambda: (adapter.running, adapter.waiting) == (1, 1), 5)
+    with pytest.raises(BackendBusy):
+        await adapter.perform(request, Attempt())
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert (adapter.running, adapter.waiting) == (0, 0)
+    for failures, kind in (
+        (Failures(connect=1), ConnectFailed),
+        (Failures(error=1), BackendFailed),
+        (Failures(cut=1), StreamTruncated),
+    ):
+        with pytest.raises(kind):
+            await simulated(failures=failures).perform(request, Attempt())
+
+
+async def test_what_is_not_simulated_is_not_offered() -> None:
+    capabilities = await simulated().probe()
+    assert capabilities.endpoints == {
+        "chat", "completions", "embeddings", "rerank", "score", "tokenize", "detokenize",
+    }  # fmt: skip
+    with pytest.raises(Unsupported):
+        await simulated().perform(operation(InferRequest, body=b"{}"), Attempt())
