@@ -15,15 +15,16 @@ from forebay.testing import Bench, Exchange, Scenario, ScriptedServer, adapter_c
 from forebay_plugins import triton
 
 WORDS = (" Hello", " wörld", ' "quoted\\"', "\n", " 😀")
+ENGINE = b'model="tensorrt_llm",version="1"}'
 METRICS = b"""# TYPE nv_inference_pending_request_count gauge
 nv_inference_pending_request_count{model="ensemble",version="1"} 0
 nv_inference_pending_request_count{model="vllm_model",version="1"} 3
 nv_trt_llm_request_metrics{model="tensorrt_llm",request_type="waiting",version="1"} 2
 nv_trt_llm_request_metrics{model="tensorrt_llm",request_type="active",version="1"} 5
 nv_trt_llm_request_metrics{model="other",request_type="active",version="1"} 100
-nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="fraction",model="tensorrt_llm",version="1"} 0.25
-nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="free",model="tensorrt_llm",version="1"} 300
-"""
+nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="fraction",ENGINE 0.25
+nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="free",ENGINE 300
+""".replace(b"ENGINE", ENGINE)
 
 
 def tensors(batched: bool = True, **kinds: str) -> list[dict[str, Any]]:

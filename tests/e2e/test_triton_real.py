@@ -1,0 +1,285 @@
+"""The adapter before a real Triton: what the fakes claim is true."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+from forebay.api import (
+    Attempt,
+    BackendBusy,
+    BackendFailed,
+    BackendRefused,
+    Delta,
+    Embeddings,
+    EmbedRequest,
+    Event,
+    GenerateRequest,
+    Inference,
+    InferRequest,
+    Sampling,
+)
+from forebay.testing import adapter_context, chat_request
+from forebay.testing.adapter import collect, stream
+from forebay.testing.answer import Answer, read_answer
+from forebay_plugins.triton import TritonAdapter, TritonSettings
+
+pytestmark = pytest.mark.e2e
+
+BACKENDS = Path(__file__).parents[2] / "scripts" / "backends" / "backends.sh"
+PORT = 8391
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("triton") / "log"
+
+
+@pytest.fixture(scope="module")
+def triton(log: Path) -> Iterator[str]:
+    """The URL of a running server."""
+    if subprocess.check_output([BACKENDS, "missing", "triton"]):
+        pytest.fail("not installed: run scripts/backends/backends.sh install triton")
+    url = f"http://127.0.0.1:{PORT}"
+    with log.open("wb") as out:
+        process = subprocess.Popen([BACKENDS, "serve", "triton", str(PORT)], stdout=out, stderr=out)
+    try:
+        for _ in range(150):
+            assert process.poll() is None, log.read_text()[-2000:]
+            if "Started Metrics Service" in log.read_text():
+                break
+            process_wait(process)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def process_wait(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait(0.2)
+    except subprocess.TimeoutExpired:
+        return
+
+
+@asynccontextmanager
+async def adapter_for(url: str, model: str, **settings: Any) -> AsyncIterator[TritonAdapter]:
+    metrics = f"http://127.0.0.1:{PORT + 2}"
+    made = TritonSettings(adapter="triton", url=url, model=model, metrics_url=metrics, **settings)
+    adapter = TritonAdapter(made, adapter_context())
+    await adapter.start()
+    try:
+        yield adapter
+    finally:
+        await adapter.aclose()
+
+
+@pytest.fixture(params=["ensemble", "vllm_model"])
+async def adapter(request: pytest.FixtureRequest, triton: str) -> AsyncIterator[TritonAdapter]:
+    async with adapter_for(triton, request.param, chat_template="plain") as made:
+        yield made
+
+
+def asking(text: str, **sampling: Any) -> GenerateRequest:
+    request = chat_request(text, endpoint="completions")
+    return msgspec.structs.replace(request, sampling=Sampling(**{"max_tokens": 16, **sampling}))
+
+
+async def ask(adapter: TritonAdapter, request: GenerateRequest) -> Answer:
+    return read_answer(request, await collect(adapter, request))
+
+
+async def test_probe(adapter: TritonAdapter) -> None:
+    found = await adapter.probe()
+    assert found.endpoints == {"chat", "completions"}
+    assert found.version == "2.51.0"
+    assert set(found.models) == {"ensemble", "vllm_model", "embedder"}
+    assert found.logprobs == (adapter.settings.model == "ensemble")
+
+
+async def test_an_answer_that_ends_by_itself(adapter: TritonAdapter) -> None:
+    answer = await ask(adapter, asking("one two three"))
+    assert answer.texts == {0: " one two three"}
+    assert answer.finishes == {0: "stop"}
+    assert answer.pieces == 3
+    usage = answer.finished.usage
+    assert usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.source) == (3, 3, "reported")
+
+
+async def test_an_answer_at_its_limit(adapter: TritonAdapter) -> None:
+    answer = await ask(adapter, asking("one two three", max_tokens=2))
+    assert (answer.texts, answer.finishes) == ({0: " one two"}, {0: "length"})
+
+
+async def test_chat(adapter: TritonAdapter) -> None:
+    answer = await ask(adapter, chat_request("Hello there"))
+    assert answer.texts == {0: " User: Hello there Assistant:"}
+
+
+async def test_every_parameter_is_taken(adapter: TritonAdapter) -> None:
+    """Triton checks the type of each tensor."""
+    request = asking(
+        "one two three four",
+        temperature=0.5,
+        top_k=4,
+        top_p=0.5,
+        seed=2**40,
+        presence_penalty=0.5,
+        frequency_penalty=1.0,
+        repetition_penalty=2.0,
+        min_tokens=1,
+        ignore_eos=True,
+        max_tokens=6,
+        stop=("nowhere", "neither"),
+    )
+    answer = await ask(adapter, request)
+    assert answer.texts == {0: " one two three four one two"}
+
+
+async def test_stop_strings(adapter: TritonAdapter) -> None:
+    if adapter.settings.model == "vllm_model":
+        return  # vLLM cuts them off by itself, which its stand-in does not
+    answer = await ask(adapter, asking("one two three four", stop=("two three",)))
+    assert (answer.texts, answer.finishes) == ({0: " one "}, {0: "stop"})
+
+
+async def test_logprobs(triton: str) -> None:
+    async with adapter_for(triton, "ensemble") as adapter:
+        events = await collect(adapter, asking("one three", logprobs=0))
+    found = [one for event in events if isinstance(event, Delta) for one in event.logprobs]
+    assert [one.token for one in found] == [" one", " three"]
+    assert [one.logprob for one in found] == pytest.approx([-0.4, -0.6])
+
+
+async def test_several_prompts(adapter: TritonAdapter) -> None:
+    request = msgspec.structs.replace(asking(""), prompts=("a b", "c"), n=2)
+    answer = await ask(adapter, request)
+    assert answer.texts == {0: " a b", 1: " a b", 2: " c", 3: " c"}
+    assert answer.finished.usage is not None
+    assert answer.finished.usage.prompt_tokens == 3
+
+
+async def test_failing_in_mid_stream(adapter: TritonAdapter) -> None:
+    events: list[Event] = []
+    request = asking("break", ignore_eos=True)
+    with pytest.raises(BackendFailed, match="broken in mid-stream"):
+        await collect(adapter, request, events)
+    assert sum(isinstance(event, Delta) for event in events) == 2
+
+
+async def test_a_models_own_refusal(adapter: TritonAdapter) -> None:
+    with pytest.raises(BackendRefused, match="must be above 0") as raised:
+        await collect(adapter, asking("one", max_tokens=-1))
+    assert raised.value.status == 400
+
+
+async def test_closing_frees_the_backend(adapter: TritonAdapter, log: Path) -> None:
+    """The model itself says that it was told."""
+    before = log.read_text().count("cancelled after")
+    events = stream(adapter, asking("one two", ignore_eos=True, max_tokens=2000))
+    for _ in range(3):
+        await anext(events)
+    await events.aclose()
+    for _ in range(100):
+        if log.read_text().count("cancelled after") == before + 1:
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError("the model was never told")
+
+
+async def test_load(adapter: TritonAdapter) -> None:
+    load = await adapter.load()
+    assert load is not None
+    assert (load.running, load.waiting) == (None, 0)
+
+
+async def test_a_model_that_is_unloaded_is_busy(adapter: TritonAdapter, triton: str) -> None:
+    model = f"{triton}/v2/repository/models/{adapter.settings.model}"
+    await ask(adapter, asking("one"))
+    async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
+        await client.post(f"{model}/unload", json={})
+        try:
+            for _ in range(100):
+                if (await client.get(f"{triton}/v2/models/{adapter.settings.model}")).is_error:
+                    break
+                await asyncio.sleep(0.05)
+            with pytest.raises(BackendBusy):
+                await adapter.probe()
+            with pytest.raises(BackendBusy):
+                await collect(adapter, asking("one"))
+        finally:
+            assert (await client.post(f"{model}/load", json={})).is_success
+    await ask(adapter, asking("one"))
+
+
+async def test_an_unknown_model_is_the_operators_fault(triton: str) -> None:
+    async with adapter_for(triton, "nonesuch", kind="infer") as adapter:
+        with pytest.raises(BackendFailed, match="nonesuch"):
+            await collect(adapter, asking("one"))
+
+
+def embedding(*texts: str) -> EmbedRequest:
+    return EmbedRequest(id="1", model="m", created=1, inputs=texts)
+
+
+async def test_embeddings_in_more_batches_than_one(triton: str) -> None:
+    texts = [f"word{i}" for i in range(11)]
+    async with adapter_for(triton, "embedder") as adapter:
+        found = await adapter.probe()
+        assert found.endpoints == {"embeddings", "infer"}
+        result = await adapter.perform(embedding(*texts, "word0"), Attempt())
+    assert isinstance(result, Embeddings)
+    assert [len(vector) for vector in result.vectors] == [64] * 12
+    assert result.vectors[0] == result.vectors[11]
+    assert len(set(result.vectors)) > 5
+
+
+async def infer(adapter: TritonAdapter, body: bytes, **headers: str) -> Inference:
+    made = {name.replace("_", "-"): value for name, value in headers.items()}
+    request = InferRequest(id="1", model="m", created=1, body=body, version="1", headers=made)
+    result = await adapter.perform(request, Attempt())
+    assert isinstance(result, Inference)
+    return result
+
+
+async def test_infer_with_tensors_in_json_and_in_binary(triton: str) -> None:
+    tensor = {"name": "text", "shape": [1, 1], "datatype": "BYTES"}
+    text = struct.pack("<I", 3) + b"sea"
+    head = msgspec.json.encode(
+        {
+            "inputs": [{**tensor, "parameters": {"binary_data_size": len(text)}}],
+            "parameters": {"binary_data_output": True},
+        }
+    )
+    async with adapter_for(triton, "embedder", kind="infer") as adapter:
+        plain = await infer(adapter, msgspec.json.encode({"inputs": [{**tensor, "data": ["sea"]}]}))
+        binary = await infer(
+            adapter,
+            head + text,
+            inference_header_content_length=str(len(head)),
+            content_type="application/octet-stream",
+        )
+    (output,) = msgspec.json.decode(plain.body)["outputs"]
+    assert output["shape"] == [1, 64]
+    assert binary.content_type == "application/octet-stream"
+    numbers = binary.body[int(binary.headers["inference-header-content-length"]) :]
+    assert list(struct.unpack("<64f", numbers)) == output["data"]
+
+
+async def test_infer_says_what_is_wrong(triton: str) -> None:
+    async with adapter_for(triton, "embedder") as adapter:
+        with pytest.raises(BackendRefused, match="text"):
+            await infer(adapter, b'{"inputs":[]}')
+    async with adapter_for(triton, "ensemble") as adapter:
+        with pytest.raises(BackendRefused, match="decoupled"):
+            await infer(adapter, b'{"inputs":[]}')
