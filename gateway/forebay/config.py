@@ -60,6 +60,8 @@ class Limits(Section, frozen=True):
     """Most stop strings."""
     stop_bytes: Positive = 1024
     """Longest stop string, in bytes."""
+    stored_bytes: Count = 64 << 20
+    """Memory for `/v1/responses` that were stored, in bytes per tenant; 0: none is kept."""
     inputs: Positive = 2048
     """Most inputs of an embeddings request."""
     documents: Positive = 1000

@@ -21,6 +21,8 @@ from forebay.http.decode import decode_chat, decode_completion
 from forebay.http.operations import OPERATIONS
 from forebay.http.relay import Relay
 from forebay.http.reply import Dialect, error_object, openai_error, send_error
+from forebay.http.response_store import ResponseStore, response_routes
+from forebay.http.responses import responses_dialect
 from forebay.telemetry.tracing import Tracing
 
 AnyRequest = Request[Any, Any, Any]
@@ -52,12 +54,14 @@ def build_data_app(
     middleware: Iterable[Callable[[ASGIApp], ASGIApp]],
 ) -> ASGIApp:
     """The data port's ASGI application, plugins' middleware around it."""
+    store = ResponseStore(limits.stored_bytes)
     app: ASGIApp = Litestar(
         route_handlers=[
             *(
                 _post_only(dialect, Relay(dialect, dispatch, access, limits, tracing))
-                for dialect in DIALECTS
+                for dialect in (*DIALECTS, responses_dialect(store))
             ),
+            *response_routes(store, access),
             *_model_routes(dispatch, access),
         ],
         exception_handlers={ForebayError: _refused, HTTPException: _not_routed},

@@ -83,6 +83,21 @@ class Segments:
         self._end(steps)
         return steps
 
+    def chat_message(self) -> dict[str, object]:
+        """The answer as a message of the chat dialect; reasoning is no part of it."""
+        text = "".join(segment.content for segment in self.all if segment.kind == "text")
+        calls = [
+            {
+                "id": segment.call_id,
+                "type": "function",
+                "function": {"name": segment.name, "arguments": segment.content},
+            }
+            for segment in self._calls.values()
+        ]
+        if not calls:
+            return {"role": "assistant", "content": text}
+        return {"role": "assistant", "content": text or None, "tool_calls": calls}
+
     def _run(self, kind: Literal["reasoning", "text"], piece: str, steps: list[Step]) -> None:
         segment = self._open
         if segment is None or segment.kind != kind:
