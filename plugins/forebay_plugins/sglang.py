@@ -46,6 +46,45 @@ __all__ = ["SglangAdapter", "SglangSettings"]
 _LONGEST_CONTEXT = 1 << 31
 
 
+#: Fields beyond OpenAI's that it heeds: of others it says nothing, and answers without them.
+_FIELDS = frozenset(
+    {
+        "bootstrap_host",
+        "bootstrap_port",
+        "bootstrap_room",
+        "cache_salt",
+        "chat_template_kwargs",
+        "continue_final_message",
+        "custom_logit_processor",
+        "custom_params",
+        "data_parallel_rank",
+        "ebnf",
+        "extra_key",
+        "input_ids",
+        "json_schema",
+        "logit_bias",
+        "lora_path",
+        "no_stop_trim",
+        "priority",
+        "reasoning_effort",
+        "regex",
+        "return_cached_tokens_details",
+        "return_hidden_states",
+        "return_prompt_token_ids",
+        "return_routed_experts",
+        "return_token_ids",
+        "routed_dp_rank",
+        "separate_reasoning",
+        "session_params",
+        "skip_special_tokens",
+        "stop_regex",
+        "stop_token_ids",
+        "stream_reasoning",
+        "watermark",
+    }
+)
+
+
 class SglangSettings(HttpBackendSettings, kw_only=True, frozen=True):
     """Settings of `adapter: sglang`."""
 
@@ -53,6 +92,8 @@ class SglangSettings(HttpBackendSettings, kw_only=True, frozen=True):
     """Its model takes images or sound; the server does not tell."""
     rerank: bool = False
     """Its model is a cross-encoder, which ranks; the server does not tell."""
+    fields: frozenset[str] = frozenset()
+    """Further request fields that this version takes; those it does not know are refused."""
 
 
 class ServerInfo(Struct):
@@ -171,7 +212,10 @@ class SglangAdapter(OpenAIServer):
     async def changes(self, request: GenerateRequest) -> dict[str, object]:
         changes: dict[str, object] = {"model": self._name(request.model)}
         if "rid" in request.extra:
-            raise refuse("rid", "a request whose id begins like another's would end with it")
+            raise refuse("rid", "cancelling one request would end all whose ids begin like its")
+        for field in request.extra:
+            if field not in _FIELDS and field not in self.settings.fields:
+                raise refuse(field, "it does not know the field")
         if "priority" in request.extra:
             changes["priority"] = await self._priority(request)
         return changes

@@ -12,7 +12,12 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from forebay.api import Adapter, GenerateRequest, Identity
+from forebay.config import Limits
+from forebay.http.decode import decode_chat, decode_completion
+from forebay.http.reply import Arrival
 from forebay.testing import Bench, Exchange, Scenario, ScriptedServer, adapter_context
+from forebay.testing.adapter import collect
 from forebay_plugins import tgi
 
 WORDS = ("Hello", " wörld", ' "quoted\\"', "\n", " 😀")
@@ -240,6 +245,68 @@ async def stream(exchange: Exchange, scenario: Scenario, chat: bool) -> None:
         fail(exchange, *ERRORS[Scenario.BROKEN][1:], chat)
 
 
+def request_of(chat: bool, **fields: Any) -> GenerateRequest:
+    """As the gateway decodes it."""
+    asked: dict[str, Any] = {"model": "mine", **fields}
+    if chat:
+        asked.setdefault("messages", [{"role": "user", "content": "Hi"}])
+    else:
+        asked.setdefault("prompt", "Once")
+    arrival = Arrival(
+        body=json.dumps(asked).encode(),
+        request_id="forebay-1",
+        created=1,
+        identity=Identity(),
+        headers={},
+        parameters={},
+    )
+    request, _ = (decode_chat if chat else decode_completion)(arrival, Limits())
+    assert isinstance(request, GenerateRequest)
+    return request
+
+
+@asynccontextmanager
+async def serving(script: Any, **settings: Any) -> AsyncIterator[tuple[Adapter, ScriptedServer]]:
+    (kind,) = tgi.adapters()
+    async with ScriptedServer(script) as server:
+        made = kind.settings(**{"adapter": "tgi", "url": server.url, **settings})
+        adapter = kind.build(made, adapter_context())
+        await adapter.start()
+        try:
+            yield adapter, server
+        finally:
+            await adapter.aclose()
+
+
+async def healthy(exchange: Exchange) -> None:
+    await serve(exchange, Scenario.HEALTHY)
+
+
+def sending(*events: bytes) -> Any:
+    async def script(exchange: Exchange) -> None:
+        exchange.begin()
+        for event in events:
+            exchange.send(event)
+
+    return script
+
+
+def answering(status: int, body: object, **headers: str) -> Any:
+    async def script(exchange: Exchange) -> None:
+        exchange.answer(status, body, {name.replace("_", "-"): v for name, v in headers.items()})
+
+    return script
+
+
+async def sent(chat: bool, probed: bool = True, **fields: Any) -> Exchange:
+    """What the server gets for this request."""
+    async with serving(healthy) as (adapter, server):
+        if probed:
+            await adapter.probe()
+        await collect(adapter, request_of(chat, **fields))
+        return server.exchanges[-1]
+
+
 @asynccontextmanager
 async def bench(scenario: Scenario) -> AsyncIterator[Bench]:
     """The adapter in front of such a server."""
@@ -247,12 +314,6 @@ async def bench(scenario: Scenario) -> AsyncIterator[Bench]:
     async def script(exchange: Exchange) -> None:
         await serve(exchange, scenario)
 
-    (kind,) = tgi.adapters()
-    async with ScriptedServer(script) as server:
-        url = "http://127.0.0.1:9" if scenario is Scenario.DEAD else server.url
-        adapter = kind.build(kind.settings(adapter="tgi", url=url), adapter_context())
-        await adapter.start()
-        try:
-            yield Bench(adapter, lambda: len(server.running))
-        finally:
-            await adapter.aclose()
+    settings = {"url": "http://127.0.0.1:9"} if scenario is Scenario.DEAD else {}
+    async with serving(script, **settings) as (adapter, server):
+        yield Bench(adapter, lambda: len(server.running))

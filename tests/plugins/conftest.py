@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -11,8 +12,17 @@ import pytest
 
 @pytest.fixture(scope="session")
 def fakes() -> ModuleType:
-    path = Path(__file__).parents[1] / "fakes" / "openai_servers.py"
-    spec = spec_from_file_location("openai_servers", path)
+    return load("openai_servers")
+
+
+@pytest.fixture(scope="session")
+def load_fake() -> Callable[[str], ModuleType]:
+    return load
+
+
+def load(name: str) -> ModuleType:
+    path = Path(__file__).parents[1] / "fakes" / f"{name}.py"
+    spec = spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
