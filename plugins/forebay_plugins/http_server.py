@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import AsyncIterator, Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -15,15 +16,18 @@ from forebay.api import (
     BackendError,
     BackendGarbage,
     HttpBackendSettings,
+    StreamTruncated,
     Upstream,
     UpstreamResponse,
 )
 from forebay_plugins.openai_errors import error_of
 
-__all__ = ["HttpServer"]
+__all__ = ["HttpServer", "drain"]
 
 #: Bytes of an error's body that are read.
 _ERROR_BYTES = 64 << 10
+#: Seconds after an answer's end in which its body should end; else the connection is dropped.
+_TRAILER = 0.25
 
 
 class HttpServer(Adapter):
@@ -144,3 +148,13 @@ def _shaped(body: bytes, shape: type[Any], asked: str) -> Any:
         return msgspec.json.decode(body, type=shape)
     except (msgspec.DecodeError, UnicodeDecodeError) as wrong:
         raise BackendGarbage(f"{asked} of the backend: {wrong}") from None
+
+
+async def drain(chunks: AsyncIterator[bytes]) -> None:
+    """Read to the body's end, without which the connection could not be used again."""
+    try:
+        async with asyncio.timeout(_TRAILER):
+            async for _ in chunks:
+                pass
+    except (TimeoutError, StreamTruncated):
+        return  # the answer is complete all the same; closing it drops the connection

@@ -5,9 +5,8 @@ A subclass says how to probe its server, what to change in a request, and where 
 
 from __future__ import annotations
 
-import asyncio
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 from typing import Any, ClassVar
 
@@ -25,7 +24,7 @@ from forebay.api import (
     Timings,
     UpstreamResponse,
 )
-from forebay_plugins.http_server import HttpServer
+from forebay_plugins.http_server import HttpServer, drain
 from forebay_plugins.openai_events import typed_events
 from forebay_plugins.openai_shape import decode, finish_of
 from forebay_plugins.openai_whole import WholeAnswer
@@ -34,8 +33,6 @@ from forebay_plugins.sse import Scanner
 __all__ = ["OpenAIServer"]
 
 _PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
-#: Seconds after [DONE] in which the body should end; it does at once, or the connection is dropped.
-_TRAILER = 0.25
 
 
 class OpenAIServer(HttpServer):
@@ -92,7 +89,7 @@ class OpenAIServer(HttpServer):
             if scanner.failure is not None:
                 raise scanner.failure
             if scanner.done:
-                await _drain(chunks)
+                await drain(chunks)
             tail = scanner.end()
             if whole is not None:
                 yield Relayed(whole.body(scanner.reported, scanner.closing))
@@ -139,13 +136,3 @@ class OpenAIServer(HttpServer):
 def _object(request: GenerateRequest, field: str) -> dict[str, object]:
     value = msgspec.json.decode(request.fields[field]) if field in request.fields else None
     return value if isinstance(value, dict) else {}
-
-
-async def _drain(chunks: AsyncIterator[bytes]) -> None:
-    """Read to the body's end, without which the connection could not be used again."""
-    try:
-        async with asyncio.timeout(_TRAILER):
-            async for _ in chunks:
-                pass
-    except (TimeoutError, StreamTruncated):
-        return  # the answer is complete all the same; closing it drops the connection
