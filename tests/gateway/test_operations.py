@@ -46,7 +46,7 @@ from forebay.api import (
 from forebay.config import Config, Key, Limits, Model
 
 ALL = frozenset({"embeddings", "rerank", "score", "tokenize", "detokenize", "infer"})
-#: Needs all bits of a 32-bit float, and not one more.
+#: Numbers that a 32-bit float holds exactly.
 EXACT = struct.unpack("<3f", struct.pack("<3f", 0.1, -2.5e-7, 3.0))
 Work = Callable[[Operation], Awaitable[Result]]
 
@@ -173,3 +173,307 @@ async def test_embeddings_are_numbers_by_default_and_ids_one_input(serve, worker
     assert workers["a"].requests[0].extra == ("truncate_prompt_tokens",)
     assert json.loads(workers["a"].requests[0].openai_body(model="n"))["model"] == "n"
     assert response.headers["x-forebay-backend"] == "a"
+
+
+async def test_rerank_ranks_and_shows_documents_if_asked(serve, workers) -> None:
+    gateway = await serve(config())
+    body = {"model": "m", "query": "q", "documents": ["x", {"text": "y"}, "z"], "top_n": 2}
+    async with gateway.client() as client:
+        bare = await client.post("/v1/rerank", json=body)
+        full = await client.post("/rerank", json={**body, "return_documents": True, "top_n": 0})
+        cohere = await client.post("/v2/rerank", json=body)
+    assert bare.json() == {
+        "id": f"rerank-{bare.headers['x-request-id']}",
+        "object": "list",
+        "model": "m",
+        "results": [
+            {"index": 0, "relevance_score": 1.0},
+            {"index": 1, "relevance_score": 0.5},
+        ],
+        "usage": {"prompt_tokens": 9, "total_tokens": 9},
+    }
+    shown = [result["document"] for result in full.json()["results"]]
+    assert shown == [{"text": "x"}, {"text": "y"}, {"text": "z"}]
+    assert cohere.json()["results"] == bare.json()["results"]
+    first, second, _ = workers["a"].requests
+    assert (first.query, first.documents, first.top_n) == ("q", ("x", "y", "z"), 2)
+    assert second.top_n is None
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "pairs"),
+    [
+        ("a", "bb", [("a", "bb")]),
+        ("a", ["b", "c"], [("a", "b"), ("a", "c")]),
+        (["a"], ["b", "c"], [("a", "b"), ("a", "c")]),
+        (["a", "b"], ["c", "d"], [("a", "c"), ("b", "d")]),
+    ],
+)
+async def test_scores_are_of_pairs(serve, workers, first, second, pairs) -> None:
+    gateway = await serve(config())
+    async with gateway.client() as client:
+        body = {"model": "m", "text_1": first, "text_2": second}
+        answers = [await client.post(path, json=body) for path in ("/v1/score", "/score")]
+    assert list(workers["a"].requests[0].pairs) == pairs
+    for answer in answers:
+        assert answer.json()["data"] == [
+            {"index": index, "object": "score", "score": len(a) + len(b)}
+            for index, (a, b) in enumerate(pairs)
+        ]
+        assert answer.json()["usage"] == {"prompt_tokens": 5, "total_tokens": 5}
+
+
+async def test_tokens_of_texts_and_chats_and_back(serve, workers) -> None:
+    gateway = await serve(config())
+    messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    async with gateway.client() as client:
+        plain = await client.post("/tokenize", json={"model": "m", "prompt": "a"})
+        named = await client.post(
+            "/v1/tokenize",
+            json={"model": "m", "messages": messages, "return_token_strs": True},
+        )
+        text = await client.post("/detokenize", json={"model": "m", "tokens": [72, 105]})
+        empty = await client.post("/v1/detokenize", json={"model": "m", "tokens": []})
+    assert plain.json() == {"count": 2, "max_model_len": 4096, "tokens": [2, 7]}
+    assert named.json()["token_strs"] == ["<bos>", "a"]
+    assert (text.json(), empty.json()) == ({"prompt": "Hi"}, {"prompt": ""})
+    first, second, *_ = workers["a"].requests
+    assert (first.text, first.chat, first.add_special_tokens, first.with_texts) == (
+        "a", (), True, False,
+    )  # fmt: skip
+    assert (second.text, second.add_special_tokens, second.with_texts) == (None, False, True)
+    assert [Message.text(message) for message in second.chat] == ["hi"]
+
+
+async def test_infer_passes_json_and_tensors_through(serve, workers) -> None:
+    gateway = await serve(config())
+    head = b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","parameters":{}}]}'
+    answer = Inference(
+        b'{"outputs":[]}\x00\xff',
+        "application/octet-stream",
+        {"inference-header-content-length": "14", "x-private": "1", "content-type": "no"},
+    )
+
+    async def work(request: Operation) -> Result:
+        return answer
+
+    async with gateway.client() as client:
+        plain = await client.post("/v2/models/m/infer", content=head)
+        workers["a"].work = work
+        binary = await client.post(
+            "/v2/models/m/versions/3/infer",
+            content=head + b"\x00\x01\xff[[[",
+            headers={
+                "inference-header-content-length": str(len(head)),
+                "content-type": "application/octet-stream",
+                "authorization": "Bearer secret",
+            },
+        )
+    assert (plain.content, plain.headers["content-type"]) == (b'{"outputs":[]}', "application/json")
+    assert binary.content == answer.body
+    assert binary.headers["content-type"] == "application/octet-stream"
+    assert binary.headers["inference-header-content-length"] == "14"
+    assert "x-private" not in binary.headers
+    first, second = workers["a"].requests
+    assert (first.body, first.version, first.model) == (head, "", "m")
+    assert (second.body[-4:], second.version) == (b"\xff[[[", "3")
+    assert second.headers == {
+        "inference-header-content-length": str(len(head)),
+        "content-type": "application/octet-stream",
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "says"),
+    [
+        ("/v1/embeddings", {}, "input", "missing"),
+        ("/v1/embeddings", {"input": []}, "input", "empty"),
+        ("/v1/embeddings", {"input": [[]]}, "input", "empty"),
+        ("/v1/embeddings", {"input": ["a", 1]}, "input", "mix"),
+        ("/v1/embeddings", {"input": ["a", [1]]}, "input", "mix"),
+        ("/v1/embeddings", {"input": [-1]}, "input[0]", ">= 0"),
+        ("/v1/embeddings", {"input": ["x"] * 5}, "input", "at most 4"),
+        ("/v1/embeddings", {"input": "x", "dimensions": 0}, "dimensions", ">= 1"),
+        ("/v1/embeddings", {"input": "x", "encoding_format": "hex"}, "encoding_format", "hex"),
+        ("/v1/rerank", {"documents": ["a"]}, "query", "missing"),
+        ("/v1/rerank", {"query": "q", "documents": []}, "documents", "at least one"),
+        ("/v1/rerank", {"query": "q", "documents": ["a"] * 4}, "documents", "at most 3"),
+        ("/v1/rerank", {"query": "q", "documents": [{}]}, "documents[0].text", "missing"),
+        ("/v1/rerank", {"query": "q", "documents": ["a"], "top_n": -1}, "top_n", ">= 0"),
+        ("/v1/score", {"text_1": [], "text_2": "a"}, "text_1", "empty"),
+        ("/v1/score", {"text_1": "a", "text_2": []}, "text_2", "empty"),
+        ("/v1/score", {"text_1": "a", "text_2": ["b"] * 4}, "text_2", "at most 3"),
+        ("/v1/score", {"text_1": ["a", "b"], "text_2": "c"}, "text_1", "as many"),
+        ("/tokenize", {}, "prompt", "either"),
+        ("/tokenize", {"prompt": "a", "messages": []}, "prompt", "either"),
+        ("/tokenize", {"messages": []}, "messages", "at least one"),
+        (
+            "/tokenize",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages",
+            "`text`",
+        ),
+        ("/detokenize", {"tokens": ["a"]}, "tokens[0]", "int"),
+    ],
+)
+async def test_each_refusal_names_its_field(serve, workers, path, body, param, says) -> None:
+    gateway = await serve(config(limits=Limits(inputs=4, documents=3)))
+    async with gateway.client() as client:
+        response = await client.post(path, json={"model": "m", **body})
+        nameless = await client.post(path, json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param)
+    assert says in error["message"]
+    assert nameless.status_code == 400
+    assert workers["a"].requests == []
+
+
+async def test_infer_refuses_in_the_shape_of_kserve(serve, workers) -> None:
+    keys = {"team": Key(hash=hash_of("secret"))}
+    gateway = await serve(config(keys=keys))
+    path, key = "/v2/models/m/infer", {"authorization": "Bearer secret"}
+    too_long = {**key, "inference-header-content-length": "99"}
+    async with gateway.client(headers=key) as client:
+        answers = [
+            await client.post("/v2/models/none/infer", json={"inputs": []}),
+            await client.post(path, json={}),
+            await client.post(path, content=b"\x00"),
+            await client.post(path, content=b"{}", headers=too_long),
+            await client.get(path),
+            await client.post(path, json={}, headers={"authorization": "Bearer wrong"}),
+        ]
+    assert [answer.status_code for answer in answers] == [404, 400, 400, 400, 405, 401]
+    for answer in answers:
+        assert answer.json().keys() == {"error"}
+        assert isinstance(answer.json()["error"], str)
+    assert "inputs" in answers[1].json()["error"]
+    assert answers[3].json()["error"].startswith("inference-header-content-length: ")
+    assert "/v2/models/{model}/infer takes POST" in answers[4].json()["error"]
+    assert workers["a"].requests == []
+
+
+async def test_another_backend_answers_if_the_first_fails(serve, workers) -> None:
+    gateway = await serve(config("a", "b"))
+
+    async def broken(request: Operation) -> Result:
+        raise ConnectFailed("nobody listens")
+
+    workers["a"].work = broken
+    async with sdk(gateway) as client:
+        for _ in range(2):
+            answer = await client.embeddings.with_raw_response.create(model="m", input="x")
+            assert answer.headers["x-forebay-backend"] == "b"
+            assert tuple(answer.parse().data[0].embedding) == EXACT
+    assert [attempt.number for attempt in workers["a"].attempts] == [1]
+    assert sorted(attempt.number for attempt in workers["b"].attempts) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "attempts"),
+    [
+        (BackendRefused("too many", status=422, param="dimensions"), 422, 1),
+        (BackendFailed("broken"), 502, 2),
+        (ValueError("a bug"), 502, 2),
+    ],
+)
+async def test_errors_reach_the_client(serve, workers, error, status, attempts) -> None:
+    gateway = await serve(config("a", "b"))
+
+    async def work(request: Operation) -> Result:
+        raise error
+
+    workers["a"].work = workers["b"].work = work
+    async with gateway.client() as client:
+        response = await client.post("/v1/embeddings", json={"model": "m", "input": "x"})
+        kserve = await client.post("/v2/models/m/infer", json={"inputs": []})
+    assert (response.status_code, kserve.status_code) == (status, status)
+    assert response.headers["x-forebay-attempts"] == str(attempts)
+    assert response.json()["error"]["param"] == ("dimensions" if status == 422 else None)
+    assert isinstance(kserve.json()["error"], str)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "result"),
+    [
+        ("/v1/embeddings", {"input": ["a", "b"]}, Embeddings((EXACT,))),
+        ("/v1/embeddings", {"input": "a"}, Embeddings(((1.0, float("nan")),))),
+        ("/v1/embeddings", {"input": "a", "encoding_format": "base64"}, Embeddings(((1e39,),))),
+        ("/v1/embeddings", {"input": "a"}, Text("no vector")),
+        ("/v1/rerank", {"query": "q", "documents": ["a"]}, Ranking((Ranked(1, 0.5),))),
+        ("/v1/score", {"text_1": "a", "text_2": "b"}, Scores(())),
+        ("/v2/models/m/infer", {"inputs": []}, Text("no inference")),
+    ],
+)
+async def test_an_answer_that_does_not_fit_is_garbage(serve, workers, path, body, result) -> None:
+    gateway = await serve(config())
+
+    async def work(request: Operation) -> Result:
+        return result
+
+    workers["a"].work = work
+    async with gateway.client() as client:
+        response = await client.post(path, json={"model": "m", **body})
+        after = gateway.app.fleet.backends["a"]
+    assert response.status_code == 502
+    assert (after.failures, after.in_flight) == (1, 0)
+
+
+async def test_requests_wait_for_their_turn_and_leave_with_their_client(serve, workers) -> None:
+    gateway = await serve(config())
+    go = asyncio.Event()
+
+    async def slow(request: Operation) -> Result:
+        await go.wait()
+        return await default_work(request)
+
+    workers["a"].work = slow
+    body = {"model": "m", "input": "x"}
+    async with gateway.client() as client, gateway.client() as leaver:
+        left = asyncio.create_task(leaver.post("/v1/embeddings", json=body))
+        while workers["a"].open == 0:
+            await asyncio.sleep(0.001)
+        waiting = asyncio.create_task(client.post("/v1/embeddings", json=body))
+        while gateway.app.admission.gate("m").depth == 0:
+            await asyncio.sleep(0.001)
+        assert workers["a"].open == 1, "one at a time"
+        left.cancel()
+        await asyncio.gather(left, return_exceptions=True)
+        while len(workers["a"].requests) < 2:
+            await asyncio.sleep(0.001)
+        assert workers["a"].open == 1, "the first was cancelled at once"
+        go.set()
+        assert (await waiting).status_code == 200
+    outcomes = {decision.outcome.result for decision in gateway.app.decisions.recent(10)}
+    assert outcomes == {"ok", "client_disconnect"}
+
+
+async def test_only_those_are_asked_that_can_do_it(serve) -> None:
+    def prepare(worker: Worker) -> None:
+        able = {"a": {"embeddings"}, "b": {"rerank", "embeddings"}, "c": {"chat"}}[worker.name]
+        worker.capabilities = Capabilities(endpoints=able, extra_fields=worker.name == "b")
+
+    workers = Workers(prepare)
+    gateway = await serve(config("a", "b", "c"), workers)
+    async with gateway.client() as client:
+        for _ in range(3):
+            body = {"model": "m", "query": "q", "documents": ["x"]}
+            answer = await client.post("/v1/rerank", json=body)
+            assert answer.headers["x-forebay-backend"] == "b"
+            body = {"model": "m", "input": "x", "novel": 1}
+            answer = await client.post("/v1/embeddings", json=body)
+            assert answer.headers["x-forebay-backend"] == "b"
+        nobody = await client.post("/tokenize", json={"model": "m", "prompt": "x"})
+        kserve = await client.post("/v2/models/m/infer", json={"inputs": []})
+    assert workers["a"].requests == workers["c"].requests == []
+    assert nobody.status_code == kserve.status_code == 400
+    assert nobody.json()["error"]["code"] == "unsupported"
+    assert "c does not serve tokenize" in nobody.json()["error"]["message"]
+    assert "a does not serve infer" in kserve.json()["error"]
+
+
+async def test_the_policy_that_follows_prompts_serves_them_too(serve, workers) -> None:
+    gateway = await serve(config("a", "b", policy="prefix_affinity"))
+    async with sdk(gateway) as client:
+        for _ in range(4):
+            await client.embeddings.create(model="m", input="x")
+    assert sum(len(workers[name].requests) for name in "ab") == 4

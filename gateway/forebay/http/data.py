@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
-from litestar import Litestar, Request, Response, asgi, get
+from litestar import Litestar, Request, Response, asgi, get, route
 from litestar.exceptions import HTTPException
-from litestar.handlers import ASGIRouteHandler, HTTPRouteHandler
+from litestar.handlers import BaseRouteHandler, HTTPRouteHandler
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from forebay.access import Access
@@ -73,8 +73,7 @@ def build_data_app(
     return app
 
 
-def _post_only(dialect: Dialect, relay: Relay) -> ASGIRouteHandler:
-    @asgi(dialect.route, copy_scope=False)
+def _post_only(dialect: Dialect, relay: Relay) -> BaseRouteHandler:
     async def handle(scope: Scope, receive: Receive, send: Send) -> None:
         if scope.get("method") == "POST":
             await relay(scope, receive, send)
@@ -82,7 +81,15 @@ def _post_only(dialect: Dialect, relay: Relay) -> ASGIRouteHandler:
             error = WrongMethod(f"{dialect.template} takes POST")
             await send_error(send, dialect, error, [(b"allow", b"POST")])
 
-    return handle
+    if "{" not in dialect.route:
+        return asgi(dialect.route, copy_scope=False)(handle)
+
+    # Litestar 2.25 finds no ASGI handler with path parameters; any other may hand over to one.
+    @route(dialect.route, http_method=["DELETE", "GET", "PATCH", "POST", "PUT"])
+    async def hand_over() -> ASGIApp:
+        return handle
+
+    return hand_over
 
 
 def _model_routes(dispatch: Dispatch, access: Access) -> list[HTTPRouteHandler]:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from opentelemetry.util.types import AttributeValue
 
-from forebay.api import Decision, GenerateRequest, Request, Usage
+from forebay.api import Decision, EmbedRequest, GenerateRequest, Request, Usage
 
 Attributes = dict[str, AttributeValue]
 
@@ -31,6 +31,7 @@ RESPONSE_STATUS = "http.response.status_code"
 #: `error.type` of a client that left; nobody's fault, so the span's status stays unset.
 CLIENT_DISCONNECTED = "client_disconnected"
 
+#: Where the conventions have another name than the endpoint, or none and it keeps its own.
 _OPERATIONS = {"chat": "chat", "completions": "text_completion"}
 _METHODS = frozenset(
     {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}
@@ -120,10 +121,13 @@ def attempt_span(request: Request) -> tuple[str, Attributes]:
     attributes: Attributes = {
         "gen_ai.operation.name": operation,
         "gen_ai.request.model": model,
-        "gen_ai.request.stream": request.stream,
     }
-    if isinstance(request, GenerateRequest) and request.n != 1:
-        attributes["gen_ai.request.choice.count"] = request.n
+    if isinstance(request, GenerateRequest):
+        attributes["gen_ai.request.stream"] = request.stream
+        if request.n != 1:
+            attributes["gen_ai.request.choice.count"] = request.n
+    elif isinstance(request, EmbedRequest) and request.dimensions is not None:
+        attributes["gen_ai.embeddings.dimension.count"] = request.dimensions
     sampling = request.sampling
     for field, key in _SAMPLING:
         value = getattr(sampling, field)
