@@ -8,7 +8,7 @@ __all__ = ["StopStrings"]
 
 
 class StopStrings:
-    """Passes a text on in pieces, up to the first stop string.
+    """Passes a text on in pieces, up to the stop string that is the first to be complete.
 
     What may be a stop string's beginning is held back until more text tells; how the text was cut
     makes no difference to what comes out.
@@ -25,10 +25,11 @@ class StopStrings:
         if self.found or not self._strings:
             return "" if self.found else text
         text = self._held + text
-        places = [at for at in map(text.find, self._strings) if at >= 0]
-        if places:
+        starts = [(text.find(string), len(string)) for string in self._strings]
+        found = [(start + length, start) for start, length in starts if start >= 0]
+        if found:
             self.found, self._held = True, ""
-            return text[: min(places)]
+            return text[: min(found)[1]]
         keep = max(_overlap(text, string) for string in self._strings)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -10,20 +10,18 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import quote
 
-import msgspec
 from msgspec import Struct
 
 from forebay.api import (
-    Adapter,
     AdapterContext,
     AdapterKind,
     Attempt,
     BackendBusy,
+    BackendError,
     BackendFailed,
-    BackendGarbage,
     BackendRefused,
     Capabilities,
     Embeddings,
@@ -46,6 +44,7 @@ from forebay.api import (
 )
 from forebay_plugins import kserve
 from forebay_plugins.chat_templates import ChatTemplate, chat_template
+from forebay_plugins.http_server import HttpServer
 from forebay_plugins.kserve import Model
 from forebay_plugins.prometheus_text import samples
 from forebay_plugins.triton_answer import Choice, Tally
@@ -55,8 +54,6 @@ __all__ = ["TritonAdapter", "TritonSettings"]
 
 #: ``max_tokens`` of /v1/completions where none is given, by OpenAI's documentation.
 COMPLETION_TOKENS = 16
-#: Bytes of an error's body that are read.
-ERROR_BYTES = 64 << 10
 #: Seconds after an answer's end in which the stream should end too, or the connection is dropped.
 TRAILER = 0.25
 
@@ -94,30 +91,23 @@ class Listed(Struct):
     state: str = ""
 
 
-class TritonAdapter(Adapter):
+class TritonAdapter(HttpServer):
     """One model of one Triton server."""
 
+    settings: TritonSettings
+
     def __init__(self, settings: TritonSettings, context: AdapterContext) -> None:
-        self.settings = settings
-        self._context = context
+        super().__init__(settings, context)
         self._template: ChatTemplate | None = None
         self._model: Model | None = None
         self._path = f"/v2/models/{quote(settings.model, safe='')}"
 
     @cached_property
-    def _upstream(self) -> Upstream:
-        return self._context.connect(self.settings.url)
-
-    @cached_property
     def _metrics(self) -> Upstream:
         return self._context.connect(self.settings.metrics_url)
 
-    @cached_property
-    def _headers(self) -> Mapping[str, str]:
-        headers = {name.lower(): value for name, value in self.settings.headers.items()}
-        if self.settings.api_key:
-            headers["authorization"] = f"Bearer {self.settings.api_key}"
-        return headers
+    def error(self, status: int, headers: Mapping[str, str], body: bytes) -> BackendError:
+        return kserve.failure_of(status, headers, body)
 
     async def start(self) -> None:
         """
@@ -130,7 +120,11 @@ class TritonAdapter(Adapter):
         if not self.settings.model:
             raise BackendFailed("`model` must name the model in Triton's repository")
         for path in ("/v2/health/ready", f"{self._path}/ready"):
-            await self._get(path, not_ready=400)
+            status = await self.status("GET", path)
+            if status == 400:
+                raise BackendBusy("the backend or its model is not ready")
+            if status != 200:
+                raise BackendFailed(f"GET {path} of the backend: HTTP {status}; check `url`")
         self._model = await self._read_model()
         layout = _layout(self.settings, self._model)
         return Capabilities(
@@ -139,13 +133,13 @@ class TritonAdapter(Adapter):
             schema=layout is not None and layout.schema,
             max_context=self.settings.max_context,
             slots=self.settings.slots,
-            version=(await self._json("/v2", Server)).version,
+            version=(await self.get_json("/v2", Server)).version,
             models=await self._ready_models(),
         )
 
     async def _read_model(self) -> Model:
-        metadata = await self._json(self._path, kserve.Metadata)
-        return Model.of(metadata, await self._json(f"{self._path}/config", kserve.Config))
+        metadata = await self.get_json(self._path, kserve.Metadata)
+        return Model.of(metadata, await self.get_json(f"{self._path}/config", kserve.Config))
 
     def _endpoints(self, model: Model, layout: Layout | None) -> Iterable[Endpoint]:
         if not model.decoupled:
@@ -159,18 +153,10 @@ class TritonAdapter(Adapter):
 
     async def _ready_models(self) -> tuple[str, ...]:
         """Those of the repository; servers may restrict its index."""
-        response = await self._upstream.send(
-            "POST", "/v2/repository/index", body=b"{}", headers=self._headers
-        )
         try:
-            body = await response.read()
-            if response.status != 200:
-                return (self.settings.model,)
-            listed = msgspec.json.decode(body, type=list[Listed])
-        except msgspec.DecodeError as wrong:
-            raise BackendGarbage(f"the index of the backend's models: {wrong}") from None
-        finally:
-            await response.aclose()
+            listed = await self.post_json("/v2/repository/index", {}, list[Listed], Attempt())
+        except (BackendRefused, BackendFailed):
+            return (self.settings.model,)
         return tuple(dict.fromkeys(model.name for model in listed if model.state == "READY"))
 
     async def load(self) -> Load | None:
@@ -179,7 +165,7 @@ class TritonAdapter(Adapter):
             return None
         response = await self._metrics.send("GET", "/metrics")
         try:
-            await _check(response)
+            await self._check(response, "text/plain")
             page = await response.read()
         finally:
             await response.aclose()
@@ -290,45 +276,18 @@ class TritonAdapter(Adapter):
 
         :raises BackendError: it is none, or of another kind than asked for.
         """
-        response = await self._upstream.send(
-            "POST",
-            f"{self._path}/{path}",
-            body=body,
-            headers={**attempt.headers, **headers, **self._headers},
-            connect_timeout=attempt.timeouts.connect,
-        )
+        response = await self.post(f"{self._path}/{path}", body, attempt, headers)
         try:
-            await _check(response)
-            found = response.headers.get("content-type", "")
-            if path == "generate_stream" and not found.startswith("text/event-stream"):
-                raise BackendGarbage(f"the backend sent {found[:80]!r}, not a stream of events")
+            streams = path == "generate_stream"
+            await self._check(response, "text/event-stream" if streams else "application/")
             yield response
         finally:
             await response.aclose()
 
-    async def _get(self, path: str, not_ready: int = 0) -> bytes:
-        response = await self._upstream.send(
-            "GET", path, headers=self._headers, connect_timeout=self.settings.probe_timeout
-        )
-        try:
-            if response.status == not_ready:
-                raise BackendBusy("the backend or its model is not ready")
-            await _check(response)
-            return await response.read()
-        finally:
-            await response.aclose()
-
-    async def _json(self, path: str, shape: type[Any]) -> Any:
-        body = await self._get(path)
-        try:
-            return msgspec.json.decode(body, type=shape)
-        except msgspec.DecodeError as wrong:
-            raise BackendGarbage(f"GET {path} of the backend: {wrong}") from None
-
     async def aclose(self) -> None:
-        for name in ("_upstream", "_metrics"):
-            if name in self.__dict__:
-                await self.__dict__[name].aclose()
+        await super().aclose()
+        if "_metrics" in self.__dict__:
+            await self._metrics.aclose()
 
 
 def _layout(settings: TritonSettings, model: Model) -> Layout | None:
@@ -362,15 +321,6 @@ def _vectors(settings: TritonSettings, model: Model) -> tuple[kserve.Tensor, kse
             f"type FP32 or FP64, but has {sorted(model.inputs)} and {sorted(model.outputs)}"
         )
     return model.embeds
-
-
-async def _check(response: UpstreamResponse) -> None:
-    if response.status != 200:
-        try:
-            body = await response.read(ERROR_BYTES)
-        except BackendGarbage:
-            body = b""
-        raise kserve.failure_of(response.status, response.headers, body)
 
 
 async def _drain(pieces: AsyncIterator[object]) -> None:
