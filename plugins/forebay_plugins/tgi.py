@@ -40,13 +40,14 @@ from forebay.api import (
 from forebay_plugins.openai_events import typed_events
 from forebay_plugins.openai_wire import OpenAIServer
 from forebay_plugins.prometheus_text import samples
+from forebay_plugins.stop_strings import StopStrings
 from forebay_plugins.tgi_fields import Info, chat_fields, generate_body, refuse, refuse_unknown
 from forebay_plugins.tgi_stream import (
     NativeStream,
-    StopTrim,
     failure,
     kind_of,
     timings_of,
+    trimmed,
     whole,
 )
 
@@ -131,10 +132,12 @@ class TgiAdapter(OpenAIServer):
     ) -> AsyncGenerator[Event, None]:
         attempt = msgspec.structs.replace(attempt, headers=_sampled(attempt.headers))
         serve = self._chat if request.endpoint == "chat" else self._generate
-        trim = StopTrim(request.sampling.stop)
+        stops = StopStrings(request.sampling.stop)
         async with aclosing(serve(request, attempt)) as events:
             async for event in events:
-                yield trim.push(event) if isinstance(event, Delta) else event
+                yield trimmed(event, stops) if isinstance(event, Delta) else event
+                if isinstance(event, Started) and request.echo:
+                    yield Delta(text=str(request.prompts[0]))
 
     async def _generate(
         self, request: GenerateRequest, attempt: Attempt
@@ -151,8 +154,6 @@ class TgiAdapter(OpenAIServer):
                 response, "text/event-stream" if request.stream else "application/json"
             )
             yield Started()
-            if request.echo:
-                yield Delta(text=str(request.prompts[0]))
             logprobs = request.sampling.logprobs is not None
             if not request.stream:
                 delta, usage = whole(await response.read(), logprobs, response.headers)

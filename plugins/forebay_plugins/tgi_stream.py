@@ -25,8 +25,9 @@ from forebay.api import (
     Usage,
 )
 from forebay_plugins.openai_shape import seconds
+from forebay_plugins.stop_strings import StopStrings
 
-__all__ = ["NativeStream", "StopTrim", "failure", "kind_of", "timings_of", "whole"]
+__all__ = ["NativeStream", "failure", "kind_of", "timings_of", "trimmed", "whole"]
 
 #: Bytes of the longest event; the last one repeats the whole text.
 MAX_EVENT = 4 << 20
@@ -204,30 +205,15 @@ def _number(milliseconds: str | None) -> float | None:
     return seconds(int(milliseconds))
 
 
-class StopTrim:
-    """Takes the stop string off the end of the text: TGI, unlike OpenAI, sends it along.
-
-    Text that a stop string may begin with is held back until the next piece tells.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = stops
-        self._held = ""
-
-    def push(self, delta: Delta) -> Delta:
-        if not self._stops:
-            return delta
-        text = self._held + delta.text
-        if delta.finish_reason is not None:
-            stop = next((stop for stop in self._stops if text.endswith(stop)), "")
-            return msgspec.structs.replace(delta, text=text.removesuffix(stop))
-        held = max((_overlap(text, stop) for stop in self._stops), default=0)
-        cut = len(text) - held
-        self._held = text[cut:]
-        return msgspec.structs.replace(delta, text=text[:cut])
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Characters at the text's end with which the stop string begins."""
-    lengths = range(min(len(text), len(stop)), 0, -1)
-    return next((length for length in lengths if text.endswith(stop[:length])), 0)
+def trimmed(delta: Delta, stops: StopStrings) -> Delta:
+    """Without the stop string: TGI, unlike OpenAI, sends it along, and sees it only where a token
+    ends with it. What it generates beyond one is dropped, but counted."""
+    beyond = stops.found
+    text = stops.feed(delta.text)
+    reason = delta.finish_reason
+    if reason is not None:
+        text += stops.end()
+        reason = "stop" if stops.found else reason
+    if beyond:
+        return Delta(delta.index, text, reason)
+    return msgspec.structs.replace(delta, text=text, finish_reason=reason)

@@ -143,6 +143,25 @@ async def test_the_stop_string_is_taken_off(
     assert deltas(events)[-1].finish_reason == "stop"
 
 
+async def test_a_stop_string_within_a_token_ends_the_text(fake: ModuleType) -> None:
+    """TGI looks for it at the ends of tokens alone, and goes on."""
+    script = fake.sending(
+        fake.piece(1, "Par"), fake.piece(2, "is."), fake.piece(3, " So", "length", "Paris. So")
+    )
+    async with fake.serving(script) as (adapter, _):
+        request = fake.request_of(False, stream=True, stop="ri", logprobs=0)
+        events = await collect(adapter, request)
+    assert text_of(events) == "Pa"
+    assert deltas(events)[-1] == Delta(finish_reason="stop")
+    assert events[-1] == Finished(Usage(11, 3))
+
+
+async def test_an_echoed_prompt_may_hold_the_stop_string(fake: ModuleType) -> None:
+    async with fake.serving(fake.healthy) as (adapter, _):
+        request = fake.request_of(False, stream=True, echo=True, stop="nce")
+        assert text_of(await collect(adapter, request)) == "Once" + fake.TEXT
+
+
 # What comes back: chat
 
 
