@@ -454,6 +454,18 @@ async def test_calls_that_make_no_sense_are_the_backends_fault(serve_gateway, ca
     assert response.json()["error"]["type"] == "api_error"
 
 
+async def test_a_model_that_writes_bad_arguments_does_not_eject_its_backend(serve_gateway) -> None:
+    gateway = await serve_gateway(config())
+    call = ToolCallDelta(0, "c", "weather", "{city: K}")
+    gateway.scripted["a"].script = script(
+        Started(), Delta(tool_calls=(call,), finish_reason="tool_calls"), Finished()
+    )
+    async with gateway.client() as client:
+        answers = [await client.post("/v1/messages", json=ASK) for _ in range(4)]
+    assert [answer.status_code for answer in answers] == [502] * 4
+    assert gateway.app.fleet.backends["a"].state() == "healthy"
+
+
 async def test_a_call_cut_by_the_limit_is_told_by_the_stop_reason(serve_gateway) -> None:
     gateway = await serve_gateway(config())
     call = ToolCallDelta(0, "c", "weather", '{"city": "K')
@@ -487,7 +499,17 @@ async def test_tokens_are_counted_by_the_backend(serve_gateway, monkeypatch) -> 
         ("system", "Be brief."),
         ("user", "hi"),
     ]
-    assert request.fields.keys() == {"model", "messages", "tools"}
+    assert request.extra == ("tools",), "only backends that take them into account are asked"
+    assert json.loads(bytes(request.fields["tools"]))[0]["function"]["name"] == "weather"
+
+
+async def test_only_text_is_counted(serve_gateway) -> None:
+    gateway = await serve_gateway(config())
+    image = {"type": "image", "source": {"type": "url", "url": "http://x/y.png"}}
+    body = {"model": "m", "messages": [{"role": "user", "content": [image]}]}
+    async with client_of(gateway) as client:
+        with pytest.raises(anthropic.BadRequestError, match="messages: only the tokens of text"):
+            await client.messages.count_tokens(**body)
 
 
 @given(st.lists(st.text(), max_size=8), st.lists(st.text(), max_size=4))

@@ -137,6 +137,8 @@ def decode_count(arrival: Arrival, limits: Limits) -> tuple[Request, Reply]:
     """
     parsed, _ = parse(_PROMPT, arrival.body, limits)
     chat = translated(arrival, _prompt(parsed), limits, _NAMES)
+    if chat.needs_multimodal:
+        raise RequestError("only the tokens of text can be counted", param="messages")
     request = TokenizeRequest(
         id=chat.id,
         model=chat.model,
@@ -144,13 +146,11 @@ def decode_count(arrival: Arrival, limits: Limits) -> tuple[Request, Reply]:
         identity=chat.identity,
         chat=chat.messages,
         add_special_tokens=False,  # the chat template writes them
-        fields={name: chat.fields[name] for name in chat.fields.keys() & _COUNTED},
+        fields=chat.fields,
+        extra=("tools",) if parsed.tools else (),
     )
     return request, CountReply()
 
-
-#: What becomes part of the prompt.
-_COUNTED = frozenset({"model", "messages", "tools"})
 
 DIALECTS = (
     Dialect("chat", "/v1/messages", decode_message, error_body, status),

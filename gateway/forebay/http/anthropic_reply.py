@@ -40,6 +40,12 @@ _ERROR_TYPES = {
 }
 
 
+class ArgumentsGarbage(BackendGarbage):
+    """What the model wrote; the backend is as healthy as before."""
+
+    counts = False
+
+
 class MessageReply(Reply):
     """The answer to ``/v1/messages``, streamed or whole."""
 
@@ -166,14 +172,14 @@ def _whole_block(segment: Segment, cut: bool) -> dict[str, object]:
 def _arguments(segment: Segment, cut: bool) -> dict[str, object]:
     """The arguments of a call; of one that was cut by the length limit none.
 
-    :raises BackendGarbage: they are no JSON object.
+    :raises ArgumentsGarbage: they are no JSON object.
     """
     try:
         return msgspec.json.decode(segment.content or "{}", type=dict[str, object])
     except (msgspec.DecodeError, UnicodeEncodeError):
         if cut:
             return {}
-        raise BackendGarbage(
+        raise ArgumentsGarbage(
             f"the arguments with which the model calls {segment.name!r} are no JSON object"
         ) from None
 
