@@ -43,7 +43,8 @@ from forebay.api import (
     Usage,
     hookimpl,
 )
-from forebay.config import Config, Key, Limits, Model
+from forebay.config import Config, Key, Limits, Model, Tracing
+from forebay_plugins.simulated import SimulatedSettings
 
 ALL = frozenset({"embeddings", "rerank", "score", "tokenize", "detokenize", "infer"})
 #: Numbers that a 32-bit float holds exactly.
@@ -477,3 +478,52 @@ async def test_the_policy_that_follows_prompts_serves_them_too(serve, workers) -
         for _ in range(4):
             await client.embeddings.create(model="m", input="x")
     assert sum(len(workers[name].requests) for name in "ab") == 4
+
+
+async def test_traces_and_metrics_name_the_operation(serve, workers, collector) -> None:
+    gateway = await serve(config(tracing=Tracing(otlp_endpoint=collector.endpoint)))
+    body = {"model": "m", "input": "tell-nobody", "dimensions": 3}
+    async with gateway.client() as client, gateway.admin() as admin:
+        done = await client.post("/v1/embeddings", json=body)
+        await client.post("/v1/embeddings", json={"model": "m"})
+        await client.post("/v2/models/m/versions/1/infer", json={"inputs": []})
+        metrics = (await admin.get("/metrics")).text
+        decision = (await admin.get(f"/decisions/{done.headers['x-request-id']}")).json()
+    spans = await collector.spans_of(gateway.app.aclose)
+    labels = 'endpoint="embeddings",model="m",outcome="ok",stream="false"'
+    assert f"forebay_requests_total{{{labels}}} 1.0" in metrics
+    refused = 'forebay_refused_total{endpoint="embeddings",error="invalid_request"} 1.0'
+    assert refused in metrics
+    assert (decision["endpoint"], decision["outcome"]["usage"]["prompt_tokens"]) == (
+        "embeddings", 7,
+    )  # fmt: skip
+    attempt = collector.attributes(collector.by_name(spans, "embeddings m"))
+    assert attempt["gen_ai.operation.name"] == "embeddings"
+    assert attempt["gen_ai.embeddings.dimension.count"] == 3
+    assert attempt["gen_ai.usage.input_tokens"] == 7
+    assert "gen_ai.request.stream" not in attempt
+    assert collector.attributes(collector.by_name(spans, "infer m"))["forebay.backend"] == "a"
+    server = collector.by_name(spans, "POST /v2/models/{model}/versions/{version}/infer")
+    assert collector.attributes(server)["http.response.status_code"] == 200
+    assert "tell-nobody" not in str(spans)
+
+
+async def test_simulated_backends_serve_all_but_infer(serve_gateway) -> None:
+    gateway = await serve_gateway(
+        Config(
+            backends={"s": SimulatedSettings(adapter="simulated", prefill_rate=0)},
+            models={"m": Model(backends=["s"])},
+        )
+    )
+    async with sdk(gateway) as client, gateway.client() as http:
+        coded = (await client.embeddings.create(model="m", input="a b")).data[0].embedding
+        plain = await client.embeddings.create(model="m", input="a b", encoding_format="float")
+        rank = {"model": "m", "query": "wheel", "documents": ["a stone", "the wheel"], "top_n": 1}
+        ranked = (await http.post("/v1/rerank", json=rank)).json()["results"]
+        tokens = (await http.post("/tokenize", json={"model": "m", "prompt": "Grüße"})).json()
+        text = await http.post("/detokenize", json={"model": "m", "tokens": tokens["tokens"]})
+    assert coded == pytest.approx(plain.data[0].embedding, abs=1e-7)
+    assert plain.usage.total_tokens == 2
+    assert ranked == [{"index": 1, "relevance_score": 0.5}]
+    assert (tokens["count"], text.json()) == (7, {"prompt": "Grüße"})
+    assert tokens["max_model_len"] is None
