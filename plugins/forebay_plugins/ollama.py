@@ -1,13 +1,16 @@
 """Adapter ``ollama``: Ollama's own API (read at its state of August 2026).
 
-Not its ``/v1``: there a failure in mid-stream looks like an empty chunk and an end, the context
-length can't be set, and a prompt that is too long is cut without a word.
+It needs Ollama 0.12.6 or later. Not its ``/v1``: there a failure in mid-stream looks like an empty
+chunk and an end, the context length can't be set, and a prompt that is too long is cut without a
+word.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Sequence
+import re
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -15,6 +18,7 @@ from msgspec import Struct
 from forebay.api import (
     AdapterKind,
     Attempt,
+    BackendError,
     BackendFailed,
     BackendGarbage,
     Capabilities,
@@ -36,6 +40,7 @@ from forebay.api import (
 )
 from forebay_plugins.http_server import HttpServer
 from forebay_plugins.ollama_shape import Line, Reader, body_of, embed_body
+from forebay_plugins.openai_errors import error_of
 
 __all__ = ["OllamaAdapter", "OllamaSettings"]
 
@@ -58,6 +63,10 @@ class OllamaSettings(HttpBackendSettings, kw_only=True, frozen=True):
 
 class Version(Struct):
     version: str
+
+
+class Wrapped(Struct):
+    error: str
 
 
 class Details(Struct):
@@ -88,6 +97,10 @@ class OllamaAdapter(HttpServer):
 
     async def probe(self) -> Capabilities:
         version: Version = await self.get_json("/api/version", Version)
+        if _cuts_prompts(version.version):
+            raise BackendFailed(
+                f"Ollama {version.version} cuts long prompts without a word: update to 0.12.6"
+            )
         tags: Tags = await self.get_json("/api/tags", Tags)
         models = {tag.name: tag for tag in tags.models or ()}
         wanted = self.settings.model
@@ -113,6 +126,14 @@ class OllamaAdapter(HttpServer):
             return 0
         loaded: Tags = await self.get_json("/api/ps", Tags)
         return next((m.context_length for m in loaded.models or () if m.name == tag.name), 0)
+
+    def error(self, status: int, headers: Mapping[str, str], body: bytes) -> BackendError:
+        """What its runner, a llama-server, says stands in it as JSON within a text."""
+        with suppress(msgspec.DecodeError, UnicodeDecodeError):
+            inner = msgspec.json.decode(body, type=Wrapped).error.encode()
+            msgspec.json.decode(inner, type=dict[str, Any])
+            body = inner
+        return error_of(status, headers, body)
 
     async def stream(
         self, request: GenerateRequest, attempt: Attempt
@@ -157,6 +178,12 @@ class OllamaAdapter(HttpServer):
         if len(answer.embeddings) != len(request.inputs):
             raise BackendGarbage("the backend gave not one vector for each input")
         return Embeddings(tuple(answer.embeddings), Usage(answer.prompt_eval_count, 0))
+
+
+def _cuts_prompts(version: str) -> bool:
+    """It does not know `truncate: false` yet; builds from source call themselves 0.0.0."""
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    return found is not None and (0, 0, 0) < tuple(map(int, found.groups())) < (0, 12, 6)
 
 
 def _endpoints(able: Sequence[str] | None) -> frozenset[Endpoint]:

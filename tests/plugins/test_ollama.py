@@ -64,12 +64,14 @@ class Server:
     def __init__(self, *pieces: bytes) -> None:
         self.pieces = pieces
         self.status = 200
+        self.error = "no"
+        self.version = "0.40.0"
         self.tags: list[dict[str, Any]] = [{"name": "gemma:latest"}, {"name": "other"}]
         self.asked: list[tuple[str, dict[str, Any]]] = []
 
     async def __call__(self, exchange: Exchange) -> None:
         if exchange.path == "/api/version":
-            exchange.answer(200, {"version": "0.40.0"})
+            exchange.answer(200, {"version": self.version})
         elif exchange.path == "/api/tags":
             exchange.answer(200, {"models": self.tags})
         elif exchange.path == "/api/ps":
@@ -77,7 +79,7 @@ class Server:
         else:
             self.asked.append((exchange.path, exchange.json))
             if self.status != 200:
-                exchange.answer(self.status, {"error": "no"})
+                exchange.answer(self.status, {"error": self.error})
             elif exchange.path == "/api/embed":
                 exchange.answer(200, {"embeddings": [[1, 2]], "prompt_eval_count": 4})
             else:
@@ -171,6 +173,18 @@ async def test_statuses(status: int, kind: type[Exception]) -> None:
     async with adapter_of(server) as adapter:
         with pytest.raises(kind):
             await collect(adapter, chat_request())
+
+
+async def test_a_prompt_that_is_too_long() -> None:
+    server = Server()
+    server.status = 400
+    said = {"code": 400, "message": "too long", "type": "exceed_context_size_error"}
+    server.error = json.dumps({"error": said})
+    async with adapter_of(server) as adapter:
+        with pytest.raises(BackendRefused, match="too long") as refused:
+            await collect(adapter, chat_request())
+    assert refused.value.message == "too long"
+    assert refused.value.code == "context_length_exceeded"
 
 
 async def test_the_body_of_a_chat() -> None:
@@ -276,6 +290,10 @@ async def test_a_probe() -> None:
         assert (found.tools, found.multimodal, found.max_context) == (False, False, 0)
         server.tags = [{"name": "gemma", "capabilities": ["embedding"]}]
         assert (await adapter.probe()).endpoints == {"embeddings"}
+        server.version = "0.12.5"
+        with pytest.raises(BackendFailed, match="update"):
+            await adapter.probe()
+        server.version = "0.0.0"
         server.tags = []
         with pytest.raises(BackendFailed, match="gemma"):
             await adapter.probe()
