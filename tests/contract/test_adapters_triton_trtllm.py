@@ -15,8 +15,17 @@ from forebay.testing import AdapterContract, Bench, Scenario
 
 @pytest.fixture(scope="session")
 def triton_fakes() -> ModuleType:
-    path = Path(__file__).parents[1] / "fakes" / "triton_servers.py"
-    spec = spec_from_file_location("triton_servers", path)
+    return fakes_from("triton_servers")
+
+
+@pytest.fixture(scope="session")
+def trtllm_fakes() -> ModuleType:
+    return fakes_from("trtllm_server")
+
+
+def fakes_from(name: str) -> ModuleType:
+    path = Path(__file__).parents[1] / "fakes" / f"{name}.py"
+    spec = spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
@@ -44,3 +53,16 @@ class TestTritonBeforeTensorRtLlm(OverTriton):
 
 class TestTritonBeforeVllm(OverTriton):
     model = "vllm_model"
+
+
+class TestTrtLlm(AdapterContract):
+    #: It says nothing when it fails in mid-stream: the connection breaks off.
+    impossible: ClassVar[frozenset[Scenario]] = frozenset({Scenario.FAILING})
+
+    @pytest.fixture(autouse=True)
+    def _load(self, trtllm_fakes: ModuleType) -> None:
+        self.fakes = trtllm_fakes
+
+    def bench(self, scenario: Scenario) -> AbstractAsyncContextManager[Bench]:
+        made: AbstractAsyncContextManager[Bench] = self.fakes.bench(scenario)
+        return made

@@ -1,0 +1,219 @@
+"""What trtllm-serve is sent, and where its load is read."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+import pytest
+
+from forebay.api import (
+    Attempt,
+    BackendBusy,
+    BackendRefused,
+    Embeddings,
+    EmbedRequest,
+    GenerateRequest,
+    Load,
+    Sampling,
+    TokenizeRequest,
+    Unsupported,
+)
+from forebay.testing import Exchange, ScriptedServer, adapter_context, chat_request
+from forebay.testing.adapter import collect
+from forebay_plugins.trtllm import TrtLlmAdapter, TrtLlmSettings
+
+
+@pytest.fixture(scope="session")
+def server() -> ModuleType:
+    path = Path(__file__).parents[1] / "fakes" / "trtllm_server.py"
+    spec = spec_from_file_location("trtllm_server", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@asynccontextmanager
+async def serving(
+    script: Any, **settings: Any
+) -> AsyncIterator[tuple[TrtLlmAdapter, ScriptedServer]]:
+    async with ScriptedServer(script) as server:
+        made = TrtLlmSettings(adapter="trtllm", url=server.url, **settings)
+        adapter = TrtLlmAdapter(made, adapter_context())
+        try:
+            yield adapter, server
+        finally:
+            await adapter.aclose()
+
+
+async def sent(server: ModuleType, request: GenerateRequest) -> dict[str, Any]:
+    """The body of that request, as the server gets it."""
+    async with serving(server.serve) as (adapter, running):
+        await collect(adapter, request)
+    body: dict[str, Any] = running.exchanges[0].json
+    return body
+
+
+async def refused(server: ModuleType, request: GenerateRequest) -> str:
+    """The field for which the adapter refuses it, without asking the server."""
+    async with serving(server.serve) as (adapter, running):
+        with pytest.raises(BackendRefused, match="trtllm-serve") as raised:
+            await collect(adapter, request)
+    assert running.exchanges == []
+    assert raised.value.status == 400
+    assert not raised.value.retryable
+    return raised.value.param or ""
+
+
+async def test_what_it_knows_is_sent(server: ModuleType) -> None:
+    known = {"top_k": 3, "chat_template_kwargs": {"a": 1}, "reasoning_effort": "low"}
+    body = await sent(server, chat_request(model="m", **known))
+    assert body == {
+        "model": "m",
+        "stream": True,
+        "messages": [{"role": "user", "content": "Hello"}],
+        "max_tokens": 16,
+        "stream_options": {"include_usage": True},
+        **known,
+    }
+
+
+async def test_what_says_nothing_is_left_out(server: ModuleType) -> None:
+    """An unknown field would be refused even with null, and null for a number too."""
+    body = await sent(
+        server, chat_request(store=True, metadata={"a": "b"}, logit_bias=None, n=1, guided={})
+    )
+    assert set(body) == {"model", "stream", "messages", "max_tokens", "stream_options"}
+
+
+@pytest.mark.parametrize("field", ["priority", "guided_regex", "structured_outputs", "unheard_of"])
+@pytest.mark.parametrize("endpoint", ["chat", "completions"])
+async def test_what_it_does_not_know_is_refused(
+    server: ModuleType, endpoint: Any, field: str
+) -> None:
+    assert await refused(server, chat_request(endpoint=endpoint, **{field: "x"})) == field
+
+
+async def test_each_endpoint_has_its_own_fields(server: ModuleType) -> None:
+    assert await refused(server, chat_request(suffix="x", endpoint="completions")) == "suffix"
+    assert await refused(server, chat_request(detokenize=False)) == "detokenize"
+    request = chat_request(endpoint="completions", detokenize=False)
+    assert (await sent(server, request))["detokenize"] is False
+
+
+async def test_there_is_one_name_for_the_limit(server: ModuleType) -> None:
+    request = chat_request(max_completion_tokens=7)
+    request = msgspec.structs.replace(request, sampling=Sampling(max_tokens=7))
+    body = await sent(server, request)
+    assert body["max_tokens"] == 7
+    assert "max_completion_tokens" not in body
+
+
+async def test_top_k_is_switched_off_by_0(server: ModuleType) -> None:
+    request = msgspec.structs.replace(chat_request(top_k=-1), sampling=Sampling(top_k=-1))
+    assert (await sent(server, request))["top_k"] == 0
+
+
+async def test_stream_options(server: ModuleType) -> None:
+    asked = {"include_usage": False, "include_obfuscation": True, "continuous_usage_stats": True}
+    body = await sent(server, chat_request(stream_options=asked))
+    assert body["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
+    field = await refused(server, chat_request(stream_options={"other": 1}))
+    assert field == "stream_options.other"
+
+
+async def test_tools_are_used_without_being_asked_twice(server: ModuleType) -> None:
+    """Its default is `none`."""
+    tool = {"type": "function", "function": {"name": "f"}}
+
+    def calling(**more: object) -> GenerateRequest:
+        return msgspec.structs.replace(chat_request(tools=[tool], **more), needs_tools=True)
+
+    assert (await sent(server, calling()))["tool_choice"] == "auto"
+    named = {"type": "function", "function": {"name": "f"}}
+    assert (await sent(server, calling(tool_choice=named)))["tool_choice"] == named
+    assert await refused(server, calling(tool_choice="required")) == "tool_choice"
+
+
+async def test_starting_is_busy() -> None:
+    async def script(exchange: Exchange) -> None:
+        error = {"message": "starting", "type": "ServiceUnavailableError", "code": "starting"}
+        exchange.answer(503, {"error": error}, {"retry-after": "1"})
+
+    async with serving(script) as (adapter, _):
+        with pytest.raises(BackendBusy) as raised:
+            await adapter.probe()
+    assert raised.value.retry_after == 1
+
+
+async def test_load_from_gauges(server: ModuleType) -> None:
+    async with serving(server.serve) as (adapter, running):
+        assert await adapter.load() is None  # not before a probe has found them
+        await adapter.probe()
+        assert await adapter.load() == Load(running=3, waiting=2, kv_usage=0.5)
+        assert "/metrics" not in {exchange.path for exchange in running.exchanges}
+
+
+async def test_no_gauges_no_load() -> None:
+    async def script(exchange: Exchange) -> None:
+        if exchange.path == "/prometheus/metrics":
+            exchange.answer(404, {"detail": "Not Found"})
+        else:
+            exchange.answer(200, {"data": [], "version": "1"})
+
+    async with serving(script) as (adapter, _):
+        await adapter.probe()
+        assert await adapter.load() is None
+
+
+async def test_load_from_iterations_that_reading_takes_away(server: ModuleType) -> None:
+    pages = [[], server.ITERATIONS, []]
+
+    async def script(exchange: Exchange) -> None:
+        exchange.answer(200, pages.pop(0))
+
+    async with serving(script, load_source="iterations") as (adapter, running):
+        assert await adapter.load() is None
+        assert await adapter.load() == Load(running=4, waiting=7, kv_usage=0.25)
+        assert await adapter.load() == Load(running=0, waiting=0, kv_usage=0.25)
+    assert {exchange.path for exchange in running.exchanges} == {"/metrics"}
+
+
+async def test_load_is_not_read_where_not_wanted(server: ModuleType) -> None:
+    async with serving(server.serve, load_source="none") as (adapter, running):
+        await adapter.probe()
+        assert await adapter.load() is None
+    assert {exchange.path for exchange in running.exchanges} == {
+        "/health",
+        "/v1/models",
+        "/version",
+    }
+
+
+async def test_embeddings() -> None:
+    async def script(exchange: Exchange) -> None:
+        vectors = [{"index": i, "object": "embedding", "embedding": [0.0, i]} for i in (1, 0)]
+        usage = {"prompt_tokens": 4, "total_tokens": 4}
+        exchange.answer(200, {"object": "list", "data": vectors, "usage": usage})
+
+    request = EmbedRequest(id="1", model="m", created=1, inputs=("a", "b"))
+    async with serving(script, endpoints=frozenset({"embeddings"})) as (adapter, running):
+        result = await adapter.perform(request, Attempt())
+        assert isinstance(result, Embeddings)
+        assert result.vectors == ((0.0, 0.0), (0.0, 1.0))
+        unknown = msgspec.structs.replace(request, extra=("truncate",))
+        with pytest.raises(BackendRefused) as raised:
+            await adapter.perform(unknown, Attempt())
+        assert raised.value.param == "truncate"
+        with pytest.raises(Unsupported):
+            await adapter.perform(TokenizeRequest(id="1", model="m", created=1), Attempt())
+    (exchange,) = running.exchanges
+    assert exchange.path == "/v1/embeddings"
+    assert set(exchange.json) == {"model", "input", "encoding_format"}
