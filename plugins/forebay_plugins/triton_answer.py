@@ -112,7 +112,8 @@ class Choice:
         A response has the text of its tokens together; nearly always it is one token.
         """
         before = len(self._logprobs)
-        if len(logprobs) > before and logprobs[:before] == self._logprobs:
+        longer = len(logprobs) > before or (len(logprobs) == before and not text)
+        if longer and logprobs[:before] == self._logprobs:
             logprobs, self._logprobs = logprobs[before:], logprobs
         else:
             self._logprobs += logprobs
