@@ -186,7 +186,7 @@ class SglangAdapter(OpenAIServer):
         if self._info is None:
             try:
                 self._info = await self.get_json("/server_info", ServerInfo)
-            except BackendFailed:  # up to 0.5.5 or so it had another name
+            except BackendFailed:  # older ones know it by another name
                 self._info = await self.get_json("/get_server_info", ServerInfo)
         return self._info
 

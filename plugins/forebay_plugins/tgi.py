@@ -38,6 +38,7 @@ from forebay.api import (
     hookimpl,
 )
 from forebay_plugins.openai_events import typed_events
+from forebay_plugins.openai_operations import chat_messages, extras
 from forebay_plugins.openai_wire import OpenAIServer
 from forebay_plugins.prometheus_text import samples
 from forebay_plugins.stop_strings import StopStrings
@@ -110,22 +111,31 @@ class TgiAdapter(OpenAIServer):
     async def perform(self, request: Operation, attempt: Attempt) -> Result:
         if not isinstance(request, TokenizeRequest):
             raise Unsupported(f"a tgi backend cannot serve {request.endpoint}")
-        refuse_unknown(request.extra)
-        if not request.add_special_tokens:
-            raise refuse("add_special_tokens", "it always adds them")
-        if request.text is not None:
-            found = await self.post_json(
-                "/tokenize", {"inputs": request.text}, list[SimpleToken], attempt
-            )
+        if request.text is None:
+            found = await self._chat_tokens(request, attempt)
         else:
-            chat = {"model": "tgi", "messages": request.fields["messages"]}
-            answer: ChatTokens = await self.post_json("/chat_tokenize", chat, ChatTokens, attempt)
-            found = answer.tokenize_response
+            refuse_unknown(request.extra)
+            if not request.add_special_tokens:
+                raise refuse("add_special_tokens", "it always adds them to a text")
+            body = {"inputs": request.text}
+            found = await self.post_json("/tokenize", body, list[SimpleToken], attempt)
         return Tokens(
             ids=tuple(token.id for token in found),
             texts=tuple(token.text for token in found),
             max_model_len=self._info.max_total_tokens if self._info else 0,
         )
+
+    async def _chat_tokens(self, request: TokenizeRequest, attempt: Attempt) -> list[SimpleToken]:
+        refuse_unknown(request.extra, frozenset({"tools"}))
+        if request.add_special_tokens:
+            raise refuse("add_special_tokens", "a chat has those of its template")
+        body = {
+            **extras(request.fields, request.extra),
+            "model": "tgi",
+            "messages": chat_messages(request.chat),
+        }
+        answer: ChatTokens = await self.post_json("/chat_tokenize", body, ChatTokens, attempt)
+        return answer.tokenize_response
 
     async def stream(
         self, request: GenerateRequest, attempt: Attempt
@@ -213,13 +223,12 @@ class TgiAdapter(OpenAIServer):
         return "" if model in ("tgi", own) else model
 
 
-def _sampled(headers: Mapping[str, str]) -> dict[str, str]:
+def _sampled(headers: Mapping[str, str]) -> Mapping[str, str]:
     """Without the trace context of unsampled requests: TGI exports spans whatever its flags say."""
-    found = dict(headers)
-    if found.get("traceparent", "-01").endswith("-00"):
-        found.pop("traceparent", None)
-        found.pop("tracestate", None)
-    return found
+    parent = headers.get("traceparent")
+    if parent is None or int(parent[-2:], 16) & 1:
+        return headers
+    return {k: v for k, v in headers.items() if k not in ("traceparent", "tracestate")}
 
 
 @hookimpl

@@ -157,10 +157,16 @@ async def test_tokens(fake: ModuleType) -> None:
         assert server.exchanges[-1].json == {"inputs": "a"}
         chat = tokenize(
             chat=(Message(role="user", content="a"),),
-            fields={"messages": Raw(json.dumps(messages).encode())},
+            add_special_tokens=False,
+            fields={"tools": Raw(b"[]")},
+            extra=("tools",),
         )
         of_chat = await adapter.perform(chat, Attempt())
-        assert server.exchanges[-1].json == {"model": "tgi", "messages": messages}
+        assert server.exchanges[-1].json == {
+            "model": "tgi",
+            "messages": messages,
+            "tools": [],
+        }
     assert of_text == of_chat == Tokens((2, 5), ("<s>", "a"), 4096)
 
 
@@ -168,6 +174,9 @@ async def test_what_it_cannot_perform(fake: ModuleType) -> None:
     async with fake.serving(fake.healthy) as (adapter, server):
         with pytest.raises(BackendRefused, match="add_special_tokens"):
             await adapter.perform(tokenize(text="a", add_special_tokens=False), Attempt())
+        chat = tokenize(chat=(Message(role="user", content="a"),), add_special_tokens=True)
+        with pytest.raises(BackendRefused, match="add_special_tokens"):
+            await adapter.perform(chat, Attempt())
         with pytest.raises(BackendRefused, match="truncation"):
             await adapter.perform(tokenize(text="a", extra=("truncation",)), Attempt())
         detokenize = DetokenizeRequest(id="r", model="mine", created=1, tokens=(1,))
