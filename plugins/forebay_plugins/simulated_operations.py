@@ -38,6 +38,7 @@ ENDPOINTS: frozenset[Endpoint] = frozenset(
 )
 #: Length of a vector whose client does not say.
 DIMENSIONS = 64
+LONGEST = 8192
 
 
 def words(request: Operation) -> int:
@@ -56,12 +57,17 @@ def words(request: Operation) -> int:
 def perform(request: Operation) -> Result:
     """The result.
 
-    :raises BackendRefused: the request names tokens that there are not.
+    :raises BackendRefused: vectors are too long, or the request names tokens that there are not.
     """
     usage = Usage(words(request), 0)
     match request:
         case EmbedRequest():
             length = request.dimensions or DIMENSIONS
+            if length > LONGEST:
+                raise BackendRefused(
+                    f"the simulated backend's vectors have {LONGEST} parts at most",
+                    param="dimensions",
+                )
             return Embeddings(tuple(_vector(item, length) for item in request.inputs), usage)
         case RerankRequest():
             scores = [_likeness(request.query, document) for document in request.documents]

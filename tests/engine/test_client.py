@@ -135,6 +135,18 @@ async def test_it_tokenizes_and_turns_tokens_back() -> None:
         assert await text_of(client, request()) == "Hell"
 
 
+async def test_a_question_whose_asker_left_disturbs_nobody() -> None:
+    async with engine() as client:
+        await ready(client)
+        long = asyncio.create_task(client.tokenize(Tokenize(text="Hello " * 50_000)))
+        await asyncio.sleep(0)
+        long.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await long
+        assert (await client.detokenize(Detokenize(token_ids=[72, 73]))).text
+        assert await text_of(client, request()) == "Hell"
+
+
 @pytest.mark.parametrize("how", ["close", "cancel"])
 async def test_leaving_frees_the_sequences_at_once(how: str) -> None:
     async with engine("slow") as client:

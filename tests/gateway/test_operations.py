@@ -315,6 +315,7 @@ async def test_infer_passes_json_and_tensors_through(serve, workers) -> None:
             "`text`",
         ),
         ("/detokenize", {"tokens": ["a"]}, "tokens[0]", "int"),
+        ("/detokenize", {"tokens": [1, 2**70]}, "tokens[1]", "int"),
     ],
 )
 async def test_each_refusal_names_its_field(serve, workers, path, body, param, says) -> None:

@@ -208,6 +208,10 @@ async def test_equal_inputs_have_equal_unit_vectors() -> None:
     default = await simulated().perform(operation(EmbedRequest, inputs=("a",)), Attempt())
     assert isinstance(default, Embeddings)
     assert len(default.vectors[0]) == 64
+    long = operation(EmbedRequest, inputs=("a",), dimensions=1 << 40)
+    with pytest.raises(BackendRefused, match="8192") as refusal:
+        await simulated().perform(long, Attempt())
+    assert refusal.value.param == "dimensions"
 
 
 async def test_texts_are_alike_as_far_as_they_share_words() -> None:

@@ -27,7 +27,8 @@ from forebay.config import Limits
 from forebay.http.decode import HARMLESS, extra_fields, parse
 from forebay.http.reply import Arrival
 
-TokenId = Annotated[int, Meta(ge=0)]
+# No vocabulary comes near the bound; beyond it a backend could do nothing but fail.
+TokenId = Annotated[int, Meta(ge=0, lt=1 << 31)]
 
 #: Says how many bytes of the body are JSON; tensors in binary follow (KServe binary extension).
 JSON_LENGTH = "inference-header-content-length"
