@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import struct
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from openai import AsyncOpenAI, BadRequestError
 
 from forebay.api import (
     Attempt,
@@ -28,9 +29,12 @@ from forebay.api import (
     InferRequest,
     Sampling,
 )
+from forebay.config import Config, Model
+from forebay.loader import load_plugins
 from forebay.testing import adapter_context, chat_request
 from forebay.testing.adapter import collect, stream
 from forebay.testing.answer import Answer, read_answer
+from forebay_plugins import triton as plugin
 from forebay_plugins.triton import TritonAdapter, TritonSettings
 
 pytestmark = pytest.mark.e2e
@@ -283,3 +287,44 @@ async def test_infer_says_what_is_wrong(triton: str) -> None:
     async with adapter_for(triton, "ensemble") as adapter:
         with pytest.raises(BackendRefused, match="decoupled"):
             await infer(adapter, b'{"inputs":[]}')
+
+
+async def test_through_the_gateway(
+    triton: str, serve_gateway: Callable[..., Awaitable[Any]]
+) -> None:
+    """OpenAI's and KServe's clients of one gateway, before three models of one Triton."""
+    names = {"words": "ensemble", "vllm": "vllm_model", "vectors": "embedder"}
+    backends: dict[str, Any] = {
+        name: TritonSettings(adapter="triton", url=triton, model=model, chat_template="gemma")
+        for name, model in names.items()
+    }
+    config = Config(backends=backends, models={name: Model(backends=[name]) for name in names})
+    extra = {} if "triton" in load_plugins().adapters else {"triton": plugin}
+    gateway = await serve_gateway(config, extra=extra)
+    openai = AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0)
+    async with openai:
+        for name in ("words", "vllm"):
+            streamed = await openai.chat.completions.create(
+                model=name,
+                messages=[{"role": "user", "content": "one two"}],
+                max_tokens=3,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+            chunks = [chunk async for chunk in streamed]
+            text = "".join(c.delta.content or "" for chunk in chunks for c in chunk.choices)
+            assert text.removesuffix("<end_of_turn>") == " <start_of_turn>user one two"
+            assert chunks[-1].usage is not None
+            assert chunks[-1].usage.completion_tokens == 3
+            whole = await openai.completions.create(model=name, prompt="one two", max_tokens=9)
+            assert whole.choices[0].text == " one two"
+            assert whole.choices[0].finish_reason == "stop"
+            with pytest.raises(BadRequestError, match="best_of"):
+                await openai.completions.create(model=name, prompt="one", best_of=2)
+        vectors = await openai.embeddings.create(model="vectors", input=["sea", "sea", "land"])
+        first, second, third = (entry.embedding for entry in vectors.data)
+        assert first == second != third
+    async with gateway.client() as client:
+        tensor = {"name": "text", "shape": [1, 1], "datatype": "BYTES", "data": ["sea"]}
+        answer = await client.post("/v2/models/vectors/infer", json={"inputs": [tensor]})
+    assert answer.json()["outputs"][0]["data"] == pytest.approx(first)
