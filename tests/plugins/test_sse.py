@@ -185,6 +185,18 @@ def test_a_role_comes_once_in_each_choice() -> None:
     ]
 
 
+@pytest.mark.parametrize("null", [b'"role":null,', b'"role": null,'])
+def test_a_role_of_null_is_none(null: bytes) -> None:
+    """SGLang says so in each delta."""
+    text = chunk({"role": None, "content": '{"role":null,"a":1}'}).replace(b'"role":null,', null, 1)
+    first = chunk({"role": None, "content": "a"}).replace(b'"role":null,', null)
+    done = run(first, text, STOP)
+    assert [c["choices"][0]["delta"] for c in done.chunks[:2]] == [
+        {"role": "assistant", "content": "a"},
+        {"content": '{"role":null,"a":1}'},
+    ]
+
+
 @pytest.mark.parametrize(
     ("said", "heard"),
     [("stop", "stop"), ("length", "length"), ("repetition", "stop"), ("eos_token", "stop")],
