@@ -284,49 +284,49 @@ async def test_infer_passes_json_and_tensors_through(serve, workers) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "param", "says"),
-    [
-        ("/v1/embeddings", {}, "input", "missing"),
-        ("/v1/embeddings", {"input": []}, "input", "empty"),
-        ("/v1/embeddings", {"input": [[]]}, "input", "empty"),
-        ("/v1/embeddings", {"input": ["a", 1]}, "input", "mix"),
-        ("/v1/embeddings", {"input": ["a", [1]]}, "input", "mix"),
-        ("/v1/embeddings", {"input": [-1]}, "input[0]", ">= 0"),
-        ("/v1/embeddings", {"input": ["x"] * 5}, "input", "at most 4"),
-        ("/v1/embeddings", {"input": "x", "dimensions": 0}, "dimensions", ">= 1"),
-        ("/v1/embeddings", {"input": "x", "encoding_format": "hex"}, "encoding_format", "hex"),
-        ("/v1/rerank", {"documents": ["a"]}, "query", "missing"),
-        ("/v1/rerank", {"query": "q", "documents": []}, "documents", "at least one"),
-        ("/v1/rerank", {"query": "q", "documents": ["a"] * 4}, "documents", "at most 3"),
-        ("/v1/rerank", {"query": "q", "documents": [{}]}, "documents[0].text", "missing"),
-        ("/v1/rerank", {"query": "q", "documents": ["a"], "top_n": -1}, "top_n", ">= 0"),
-        ("/v1/score", {"text_1": [], "text_2": "a"}, "text_1", "empty"),
-        ("/v1/score", {"text_1": "a", "text_2": []}, "text_2", "empty"),
-        ("/v1/score", {"text_1": "a", "text_2": ["b"] * 4}, "text_2", "at most 3"),
-        ("/v1/score", {"text_1": ["a", "b"], "text_2": "c"}, "text_1", "as many"),
-        ("/tokenize", {}, "prompt", "either"),
-        ("/tokenize", {"prompt": "a", "messages": []}, "prompt", "either"),
-        ("/tokenize", {"messages": []}, "messages", "at least one"),
-        (
-            "/tokenize",
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "messages",
-            "`text`",
-        ),
-        ("/detokenize", {"tokens": ["a"]}, "tokens[0]", "int"),
-        ("/detokenize", {"tokens": [1, 2**70]}, "tokens[1]", "int"),
-    ],
+REFUSALS = (
+    ("/v1/embeddings", {}, "input", "missing"),
+    ("/v1/embeddings", {"input": []}, "input", "empty"),
+    ("/v1/embeddings", {"input": [[]]}, "input", "empty"),
+    ("/v1/embeddings", {"input": ["a", 1]}, "input", "mix"),
+    ("/v1/embeddings", {"input": ["a", [1]]}, "input", "mix"),
+    ("/v1/embeddings", {"input": [-1]}, "input[0]", ">= 0"),
+    ("/v1/embeddings", {"input": ["x"] * 5}, "input", "at most 4"),
+    ("/v1/embeddings", {"input": "x", "dimensions": 0}, "dimensions", ">= 1"),
+    ("/v1/embeddings", {"input": "x", "encoding_format": "hex"}, "encoding_format", "hex"),
+    ("/v1/rerank", {"documents": ["a"]}, "query", "missing"),
+    ("/v1/rerank", {"query": "q", "documents": []}, "documents", "at least one"),
+    ("/v1/rerank", {"query": "q", "documents": ["a"] * 4}, "documents", "at most 3"),
+    ("/v1/rerank", {"query": "q", "documents": [{}]}, "documents[0].text", "missing"),
+    ("/v1/rerank", {"query": "q", "documents": ["a"], "top_n": -1}, "top_n", ">= 0"),
+    ("/v1/score", {"text_1": [], "text_2": "a"}, "text_1", "empty"),
+    ("/v1/score", {"text_1": "a", "text_2": []}, "text_2", "empty"),
+    ("/v1/score", {"text_1": "a", "text_2": ["b"] * 4}, "text_2", "at most 3"),
+    ("/v1/score", {"text_1": ["a", "b"], "text_2": "c"}, "text_1", "as many"),
+    ("/tokenize", {}, "prompt", "either"),
+    ("/tokenize", {"prompt": "a", "messages": []}, "prompt", "either"),
+    ("/tokenize", {"messages": []}, "messages", "at least one"),
+    (
+        "/tokenize",
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "messages",
+        "`text`",
+    ),
+    ("/detokenize", {"tokens": ["a"]}, "tokens[0]", "int"),
+    ("/detokenize", {"tokens": [1, 2**70]}, "tokens[1]", "int"),
 )
-async def test_each_refusal_names_its_field(serve, workers, path, body, param, says) -> None:
+
+
+async def test_each_refusal_names_its_field(serve, workers) -> None:
     gateway = await serve(config(limits=Limits(inputs=4, documents=3)))
     async with gateway.client() as client:
-        response = await client.post(path, json={"model": "m", **body})
-        nameless = await client.post(path, json=body)
-    error = response.json()["error"]
-    assert (response.status_code, error["param"]) == (400, param)
-    assert says in error["message"]
-    assert nameless.status_code == 400
+        for path, body, param, says in REFUSALS:
+            response = await client.post(path, json={"model": "m", **body})
+            error = response.json()["error"]
+            assert (response.status_code, error["param"]) == (400, param), (path, body)
+            assert says in error["message"]
+        nameless = await client.post("/v1/embeddings", json={"input": "x"})
+    assert (nameless.status_code, nameless.json()["error"]["param"]) == (400, "model")
     assert workers["a"].requests == []
 
 
