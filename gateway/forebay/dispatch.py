@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 
 import structlog
@@ -27,7 +28,6 @@ from forebay.api import (
     NoBackend,
     Operation,
     Outcome,
-    Overloaded,
     Relayed,
     Request,
     StaleConnection,
@@ -36,6 +36,7 @@ from forebay.api import (
 from forebay.attempt import Answered, FlightEvent, LiveAttempt
 from forebay.config import Model
 from forebay.fleet import Backend
+from forebay.outcome import kind_of, result_of
 from forebay.prefix_index import PrefixIndex
 from forebay.recorder import Recorder
 from forebay.routing import Choice, Router, refusal
@@ -66,6 +67,8 @@ class Flight:
         self._events = 0
         self._finished: Finished | None = None
         self._reasons: dict[int, str] = {}
+        #: Events after the first of an answer that does not stream.
+        self._gathered: deque[Event] = deque()
         self._lane = ""
 
     @property
@@ -149,20 +152,39 @@ class Flight:
         live = self._live = LiveAttempt(backend, tokens, trace, self._now())
         live.begin(_work(backend.adapter, request, attempt))
         self._watchdog.wait("first_token", settings.timeouts.first_token)
+        self._events, self._finished = 0, None
+        self._reasons.clear()
+        self._gathered.clear()
         try:
             event = await self._next(live)
             while isinstance(event, Started):
                 event = await self._next(live)
+            self._begun(live, event)
+            if not request.stream:
+                await self._gather(live, event)
         except BackendError as error:
             await self._failed(live, error)
             raise
-        self._ttft = self._now()
-        trace.first_token()
-        live.answered(self._ttft - live.started)
-        self._lane = "relay" if isinstance(event, Relayed) else "typed"
-        self._insert_prefix(backend)
-        self._dispatch.recorder.first_token(self._choice_made.decision, self._ttft)
         return event
+
+    def _begun(self, live: LiveAttempt, first: Event) -> None:
+        self._ttft = self._now()
+        live.trace.first_token()
+        live.answered(self._ttft - live.started)
+        self._lane = "relay" if isinstance(first, Relayed) else "typed"
+        self._insert_prefix(live.backend)
+        self._dispatch.recorder.first_token(self._choice_made.decision, self._ttft)
+
+    async def _gather(self, live: LiveAttempt, event: Event) -> None:
+        """The rest of an answer that does not stream.
+
+        Nothing of it reaches the client before its end, so until then it can be tried elsewhere.
+        """
+        while not isinstance(event, Finished):
+            self._watchdog.wait("inter_token", self._settings.timeouts.inter_token)
+            event = await self._next(live)
+            self._gathered.append(event)
+        self._watchdog.rest()
 
     @property
     def _choice_made(self) -> Choice:
@@ -214,6 +236,9 @@ class Flight:
             yield event
             if isinstance(event, Finished):
                 return
+            if self._gathered:
+                event = self._gathered.popleft()
+                continue
             self._watchdog.wait("inter_token", inter_token)
             event = await self._next(live)
 
@@ -228,9 +253,9 @@ class Flight:
         if live is not None:
             await self._settle(live, error)
         outcome = Outcome(
-            result=_result(status, error, self._ttft is not None),
+            result=result_of(status, error),
             status=status,
-            error=None if error is None else _kind(error),
+            error=None if error is None else kind_of(error),
             queue=self._queue,
             ttft=self._ttft,
             duration=self._now(),
@@ -275,7 +300,7 @@ class Flight:
             await self._failed(live, error)
             return
         await live.end()
-        kind = None if error is None else _kind(error)
+        kind = None if error is None else kind_of(error)
         self._record(live, kind)
         finished = self._finished
         if finished is not None:
@@ -380,26 +405,3 @@ class Dispatch:
         """
         self.router.check_model(request.model)
         return Flight(self, request, trace, arrived)
-
-
-def _kind(error: BaseException) -> str:
-    if isinstance(error, asyncio.CancelledError):
-        return "client_disconnected"
-    return error.kind if isinstance(error, ForebayError) else "internal_error"
-
-
-def _result(status: int, error: BaseException | None, begun: bool) -> str:
-    """The outcome's one word, from a closed set."""
-    if error is None:
-        return "ok"
-    if status == 499:
-        return "client_disconnect"
-    if isinstance(error, Overloaded | NoBackend):
-        return "shed"
-    if isinstance(error, BackendError):
-        if begun:
-            return "truncated"
-        if error.status == 504:
-            return "upstream_timeout"
-        return "client_error" if error.status < 500 else "upstream_error"
-    return "client_error" if 400 <= status < 500 else "internal_error"

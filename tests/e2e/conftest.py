@@ -55,7 +55,7 @@ class Server:
         self.command = command
         self.url = f"http://127.0.0.1:{port}"
         self.log = logs / f"{name}.log"
-        self._ready = f"{self.url}{ready}"
+        self._ready = ready if ready.startswith("http") else f"{self.url}{ready}"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -107,9 +107,9 @@ class Gateway(Server):
         file = logs / f"{name}.yaml"
         listen = {"listen": {"port": port}, "admin": {"port": admin}}
         file.write_text(yaml.safe_dump({**listen, **config}))
-        super().__init__(name, [str(FOREBAY), "serve", "--config", str(file)], port, "", logs)
         self.admin = f"http://127.0.0.1:{admin}"
-        self._ready = f"{self.admin}/readyz"
+        command = [str(FOREBAY), "serve", "--config", str(file)]
+        super().__init__(name, command, port, f"{self.admin}/readyz", logs)
 
     def backend(self, name: str) -> dict[str, Any]:
         """A backend as the admin port shows it."""
@@ -236,3 +236,19 @@ def start_gateway(
     yield start
     for server in started:
         server.close()
+
+
+@pytest.fixture(scope="session")
+def serve_demo(logs: Path) -> Callable[[], Server]:
+    """`forebay serve` as the README has it, but on free ports; the caller closes it."""
+
+    def start() -> Server:
+        port, admin = free_port(), free_port()
+        options = ["--port", str(port), "--admin-port", str(admin)]
+        ready = f"http://127.0.0.1:{admin}/readyz"
+        server = Server("demo", [str(FOREBAY), "serve", *options], port, ready, logs)
+        server.start()
+        server.wait()
+        return server
+
+    return start

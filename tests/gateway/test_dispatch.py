@@ -28,6 +28,7 @@ from forebay.api import (
     PolicyKind,
     StaleConnection,
     Started,
+    StreamTruncated,
     Timeouts,
     Usage,
     hookimpl,
@@ -141,6 +142,39 @@ async def test_after_the_first_byte_nothing_is_retried(serve_gateway) -> None:
     assert gateway.scripted["b"].requests == []
     decision = gateway.app.decisions.get(response.headers["x-request-id"])
     assert decision.outcome.result == "truncated"
+    assert idle(gateway)
+
+
+async def test_an_answer_that_does_not_stream_can_be_begun_anew(serve_gateway) -> None:
+    async def breaks(request: GenerateRequest, attempt: Attempt) -> AsyncIterator[Event]:
+        yield Started()
+        yield Delta(text="half an ")
+        yield Delta(text="answer", finish_reason="length")
+        raise StreamTruncated("the engine died")
+
+    gateway = await serve_gateway(config("a", "b"))
+    gateway.scripted["a"].script = breaks
+    async with gateway.client() as client:
+        response = await client.post("/v1/chat/completions", json=CHAT)
+    assert response.json()["choices"][0]["message"]["content"] == "one two three"
+    assert response.json()["choices"][0]["finish_reason"] == "stop"
+    decision = gateway.app.decisions.get(response.headers["x-request-id"])
+    assert [attempt.error for attempt in decision.attempts] == ["stream_truncated", None]
+    assert decision.outcome.finish_reasons == ("stop",)
+    assert decision.outcome.events == 4
+    assert idle(gateway)
+
+
+async def test_when_all_the_time_is_used_up_nobody_else_is_asked(serve_gateway) -> None:
+    gateway = await serve_gateway(
+        config("a", "b", timeouts=Timeouts(total=0.2), health=Health(failures=1))
+    )
+    gateway.scripted["a"].script = hanging("one ")
+    async with gateway.client() as client:
+        response = await client.post("/v1/chat/completions", json=CHAT)
+    assert (response.status_code, response.json()["error"]["code"]) == (504, "total_timeout")
+    assert gateway.scripted["b"].requests == []
+    assert gateway.app.fleet.backends["a"].state() == "healthy"
     assert idle(gateway)
 
 

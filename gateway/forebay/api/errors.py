@@ -138,8 +138,8 @@ class BackendError(ForebayError):
     kind = "backend_error"
     status = 502
     type = "upstream_error"
-    retryable: ClassVar[bool] = True
-    counts: ClassVar[bool] = True
+    retryable: bool = True
+    counts: bool = True
 
 
 class ConnectFailed(BackendError):
@@ -197,6 +197,8 @@ class BackendTimeout(BackendError):
             code=f"{phase}_timeout",
         )
         self.phase = phase
+        # All the time that the request had is used up, by whomever: nobody else could make it.
+        self.retryable = self.counts = phase != "total"
 
 
 class BackendGarbage(BackendError):
