@@ -165,7 +165,7 @@ class TritonAdapter(HttpServer):
             return None
         response = await self._metrics.send("GET", "/metrics")
         try:
-            await self._check(response, "text/plain")
+            await self._check(response, "")
             page = await response.read()
         finally:
             await response.aclose()
@@ -329,8 +329,8 @@ async def _drain(pieces: AsyncIterator[object]) -> None:
         async with asyncio.timeout(TRAILER):
             async for _ in pieces:
                 pass
-    except TimeoutError:
-        return  # the model goes on; closing the connection stops it
+    except (TimeoutError, BackendError):
+        return  # the answer is complete all the same; closing the connection stops the model
 
 
 @hookimpl

@@ -200,6 +200,8 @@ class TrtLlmAdapter(OpenAIServer):
             changes |= {"max_completion_tokens": None, "max_tokens": request.sampling.max_tokens}
         if request.sampling.top_k is not None and request.sampling.top_k < 0:
             changes["top_k"] = 0  # its way of saying: off
+        if request.endpoint == "completions" and request.sampling.logprobs == 0:
+            changes["logprobs"] = 1  # to the server 0 means none at all
         if request.stream and "stream_options" in request.fields:
             changes["stream_options"] = _stream_options(request)
         if request.needs_tools:

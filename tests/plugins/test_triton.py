@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -37,7 +38,7 @@ from forebay.api import (
     Usage,
 )
 from forebay.testing import Exchange, ScriptedServer, adapter_context, chat_request
-from forebay.testing.adapter import collect
+from forebay.testing.adapter import collect, until
 from forebay.testing.answer import Answer, read_answer
 from forebay_plugins.triton import TritonAdapter, TritonSettings
 
@@ -186,7 +187,13 @@ async def test_what_the_ensemble_has_no_tensor_for(
 
 
 async def test_sampling_as_json(server: ModuleType) -> None:
-    said = {"temperature": 0.0, "top_k": -1, "min_p": 0.1, "seed": -3, "ignore_eos": True}
+    said: dict[str, Any] = {
+        "temperature": 0.0,
+        "top_k": -1,
+        "min_p": 0.1,
+        "seed": -3,
+        "ignore_eos": True,
+    }
     request = asking(**said, stop=("a",), min_tokens=2)
     parameters = await sent(server, request, "vllm_model")
     assert parameters == {"max_tokens": 16, **said, "stop": ["a"], "min_tokens": 2}
@@ -272,6 +279,25 @@ async def test_a_stop_string_is_cut_off_wherever_it_is_cut(server: ModuleType) -
     assert (answer.texts, answer.finishes) == ({0: "one "}, {0: "stop"})
     answer = await answer_to(server, request, *texts("one ", "E", "N"))
     assert (answer.texts, answer.finishes) == ({0: "one EN"}, {0: "stop"})
+
+
+async def test_nothing_matters_after_a_stop_string(server: ModuleType) -> None:
+    pieces = [*texts("one END"), {"error": "cancelled"}]
+    answer = await answer_to(server, asking(stop=("END",)), *pieces)
+    assert (answer.texts, answer.finishes) == ({0: "one "}, {0: "stop"})
+
+
+async def test_a_model_that_does_not_heed_its_stop_words_is_left(server: ModuleType) -> None:
+    async def script(exchange: Exchange) -> None:
+        exchange.begin("text/event-stream")
+        while True:
+            exchange.send(b'data: {"text_output":" END"}\n\n')
+            await asyncio.sleep(0.005)
+
+    async with serving(before(server, script)) as (adapter, running):
+        answer = read_answer(asking(), await collect(adapter, asking(stop=("END",))))
+        assert answer.texts == {0: " "}
+        await until(lambda: not running.running, 1)
 
 
 async def test_vllm_keeps_what_it_left_in_the_text(server: ModuleType) -> None:

@@ -73,7 +73,11 @@ async def refused(server: ModuleType, request: GenerateRequest) -> str:
 
 
 async def test_what_it_knows_is_sent(server: ModuleType) -> None:
-    known = {"top_k": 3, "chat_template_kwargs": {"a": 1}, "reasoning_effort": "low"}
+    known: dict[str, Any] = {
+        "top_k": 3,
+        "chat_template_kwargs": {"a": 1},
+        "reasoning_effort": "low",
+    }
     body = await sent(server, chat_request(model="m", **known))
     assert body == {
         "model": "m",
@@ -98,7 +102,8 @@ async def test_what_says_nothing_is_left_out(server: ModuleType) -> None:
 async def test_what_it_does_not_know_is_refused(
     server: ModuleType, endpoint: Any, field: str
 ) -> None:
-    assert await refused(server, chat_request(endpoint=endpoint, **{field: "x"})) == field
+    more: dict[str, Any] = {field: "x"}
+    assert await refused(server, chat_request(endpoint=endpoint, **more)) == field
 
 
 async def test_each_endpoint_has_its_own_fields(server: ModuleType) -> None:
@@ -121,6 +126,12 @@ async def test_top_k_is_switched_off_by_0(server: ModuleType) -> None:
     assert (await sent(server, request))["top_k"] == 0
 
 
+async def test_logprobs_of_the_chosen_tokens_alone(server: ModuleType) -> None:
+    request = chat_request(endpoint="completions", logprobs=0)
+    request = msgspec.structs.replace(request, sampling=Sampling(logprobs=0))
+    assert (await sent(server, request))["logprobs"] == 1
+
+
 async def test_stream_options(server: ModuleType) -> None:
     asked = {"include_usage": False, "include_obfuscation": True, "continuous_usage_stats": True}
     body = await sent(server, chat_request(stream_options=asked))
@@ -133,7 +144,7 @@ async def test_tools_are_used_without_being_asked_twice(server: ModuleType) -> N
     """Its default is `none`."""
     tool = {"type": "function", "function": {"name": "f"}}
 
-    def calling(**more: object) -> GenerateRequest:
+    def calling(**more: Any) -> GenerateRequest:
         return msgspec.structs.replace(chat_request(tools=[tool], **more), needs_tools=True)
 
     assert (await sent(server, calling()))["tool_choice"] == "auto"
