@@ -6,7 +6,16 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 from msgspec import Struct
 
-from forebay.api import Event, Result
+from forebay.api import (
+    Adapter,
+    Attempt,
+    Event,
+    Finished,
+    GenerateRequest,
+    Operation,
+    Request,
+    Result,
+)
 from forebay.fleet import Backend
 from forebay.telemetry.tracing import AttemptTrace
 
@@ -53,3 +62,19 @@ class LiveAttempt:
         self.backend.in_flight -= 1
         if isinstance(self.events, AsyncGenerator):
             await self.events.aclose()
+
+
+def work_of(adapter: Adapter, request: Request, attempt: Attempt) -> AsyncIterator[FlightEvent]:
+    """The adapter's stream for any kind of request."""
+    if isinstance(request, GenerateRequest):
+        return adapter.stream(request, attempt)
+    return _one(adapter, request, attempt)
+
+
+async def _one(
+    adapter: Adapter, request: Operation, attempt: Attempt
+) -> AsyncIterator[FlightEvent]:
+    """An operation as a stream of one answer, so that all that holds for streams holds for it."""
+    result = await adapter.perform(request, attempt)
+    yield Answered(result)
+    yield Finished(result.usage)

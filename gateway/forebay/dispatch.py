@@ -12,7 +12,6 @@ from msgspec import structs
 
 from forebay.admission import Admission
 from forebay.api import (
-    Adapter,
     Attempt,
     AttemptRecord,
     BackendBusy,
@@ -24,16 +23,14 @@ from forebay.api import (
     Delta,
     Finished,
     ForebayError,
-    GenerateRequest,
     NoBackend,
-    Operation,
     Outcome,
     Relayed,
     Request,
     StaleConnection,
     Started,
 )
-from forebay.attempt import Answered, FlightEvent, LiveAttempt
+from forebay.attempt import Answered, FlightEvent, LiveAttempt, work_of
 from forebay.config import Model
 from forebay.fleet import Backend
 from forebay.outcome import kind_of, result_of
@@ -68,7 +65,7 @@ class Flight:
         self._finished: Finished | None = None
         self._reasons: dict[int, str] = {}
         #: Events after the first of an answer that does not stream.
-        self._gathered: deque[Event] = deque()
+        self._gathered: deque[FlightEvent] = deque()
         self._lane = ""
 
     @property
@@ -150,7 +147,7 @@ class Flight:
         )
         attempt = Attempt(number=number, headers=trace.headers, timeouts=settings.timeouts)
         live = self._live = LiveAttempt(backend, tokens, trace, self._now())
-        live.begin(_work(backend.adapter, request, attempt))
+        live.begin(work_of(backend.adapter, request, attempt))
         self._watchdog.wait("first_token", settings.timeouts.first_token)
         self._events, self._finished = 0, None
         self._reasons.clear()
@@ -167,7 +164,7 @@ class Flight:
             raise
         return event
 
-    def _begun(self, live: LiveAttempt, first: Event) -> None:
+    def _begun(self, live: LiveAttempt, first: FlightEvent) -> None:
         self._ttft = self._now()
         live.trace.first_token()
         live.answered(self._ttft - live.started)
@@ -175,7 +172,7 @@ class Flight:
         self._insert_prefix(live.backend)
         self._dispatch.recorder.first_token(self._choice_made.decision, self._ttft)
 
-    async def _gather(self, live: LiveAttempt, event: Event) -> None:
+    async def _gather(self, live: LiveAttempt, event: FlightEvent) -> None:
         """The rest of an answer that does not stream.
 
         Nothing of it reaches the client before its end, so until then it can be tried elsewhere.
@@ -364,21 +361,6 @@ class Flight:
             c.prefix_tokens for c in choice.decision.candidates if c.backend == backend.name
         )
         self._dispatch.index.learn(choice.key, backend.name, finished.usage, predicted)
-
-
-def _work(adapter: Adapter, request: Request, attempt: Attempt) -> AsyncIterator[FlightEvent]:
-    if isinstance(request, GenerateRequest):
-        return adapter.stream(request, attempt)
-    return _one(adapter, request, attempt)
-
-
-async def _one(
-    adapter: Adapter, request: Operation, attempt: Attempt
-) -> AsyncIterator[FlightEvent]:
-    """An operation as a stream of one answer, so that all that holds for streams holds for it."""
-    result = await adapter.perform(request, attempt)
-    yield Answered(result)
-    yield Finished(result.usage)
 
 
 class Dispatch:
