@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
-from forebay.api import Request, Policy, PolicyKind, Score, Snapshot, hookimpl
+from forebay.api import Policy, PolicyKind, Request, Score, Snapshot, hookimpl
 
 
 class StickyTenant(Policy):
