@@ -5,7 +5,8 @@
 
 The target runs on core 0; the mock upstream and this load generator share core 1. Rounds are
 interleaved (every target once, then again), so that a noisy machine hurts all alike, and the
-table shows medians. Compare the ratios: absolute figures move with the machine.
+table shows medians. Ratios are taken within a round (in brackets: the least and the most), and
+are what to compare: absolute figures move with the machine.
 
 - requests/s: closed loop on 10 connections, canned answers; CPU per request: CPU time of the
   target's process tree divided by the requests it answered, which a busy machine distorts less
@@ -200,36 +201,50 @@ def one_round(targets: list[str], seconds: float) -> dict[str, Measurement]:
     return results
 
 
+RATIOS = {
+    "requests_per_second": "rate_vs_envoy",
+    "cpu_per_request": "cpu_per_request_vs_envoy",
+    "cpu_per_event": "cpu_per_event_vs_envoy",
+}
+
+
 def summarise(rounds: list[dict[str, Measurement]]) -> dict[str, dict[str, float]]:
-    """Medians over the rounds, with latency as what the target adds to the direct way."""
+    """Medians over the rounds.
+
+    Differences and ratios are taken within each round first: medians of different rounds may come
+    from quiet and busy minutes, and their ratio has been seen to flatter by three quarters.
+    """
     summary: dict[str, dict[str, float]] = {}
     for name in rounds[0]:
-        summary[name] = {
-            key: median(asdict(results[name])[key] for results in rounds)
-            for key in asdict(rounds[0][name])
-        }
-        summary[name]["added_p50"] = median(
+        own = [asdict(results[name]) for results in rounds]
+        row = {key: median(values[key] for values in own) for key in own[0]}
+        row["added_p50"] = median(
             results[name].p50_at_one - results["direct"].p50_at_one for results in rounds
         )
-    for name, row in summary.items():
-        if name != "direct" and "envoy" in summary:
-            envoy = summary["envoy"]
-            row["rate_vs_envoy"] = row["requests_per_second"] / envoy["requests_per_second"]
-            for key in ("cpu_per_request", "cpu_per_event"):
-                row[f"{key}_vs_envoy"] = row[key] / envoy[key]
+        if "envoy" in rounds[0]:
+            peers = [asdict(results["envoy"]) for results in rounds]
+            for key, ratio in RATIOS.items():
+                pairs = [mine[key] / peer[key] for mine, peer in zip(own, peers, strict=True)]
+                row[ratio] = median(pairs)
+                row[f"{ratio}_least"], row[f"{ratio}_most"] = min(pairs), max(pairs)
+        summary[name] = row
     return summary
+
+
+def _ratio(key: str) -> Callable[[dict[str, float]], str]:
+    return lambda row: f"{row[key]:.2f} ({row[f'{key}_least']:.2f}–{row[f'{key}_most']:.2f})"
 
 
 COLUMNS: dict[str, Callable[[dict[str, float]], str]] = {
     "requests/s, 10 connections": lambda row: f"{row['requests_per_second']:,.0f}",
-    "of Envoy's": lambda row: f"{row['rate_vs_envoy']:.2f}",
+    "of Envoy's": _ratio("rate_vs_envoy"),
     "p99": lambda row: f"{row['p99_at_ten'] * 1e3:.1f} ms",
     "CPU per request": lambda row: f"{row['cpu_per_request'] * 1e6:.0f} µs",
-    "times Envoy's": lambda row: f"{row['cpu_per_request_vs_envoy']:.2f}",
+    "times Envoy's": _ratio("cpu_per_request_vs_envoy"),
     "added at 1 connection": lambda row: f"{row['added_p50'] * 1e6:.0f} µs",
     "events/s, 256 streams": lambda row: f"{row['events_per_second']:,.0f}",
     "CPU per event": lambda row: f"{row['cpu_per_event'] * 1e6:.1f} µs",
-    "times Envoy's ": lambda row: f"{row['cpu_per_event_vs_envoy']:.2f}",
+    "times Envoy's ": _ratio("cpu_per_event_vs_envoy"),
     "memory": lambda row: f"{row['memory'] / 1e6:.0f} MB",
     "failures": lambda row: f"{row['failures']:.0f}",
 }
