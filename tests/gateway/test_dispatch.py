@@ -72,6 +72,17 @@ def hanging(*words: str) -> Script:
     return script
 
 
+def breaking(message: str) -> Script:
+    """Fails after its first word."""
+
+    async def script(request: GenerateRequest, attempt: Attempt) -> AsyncIterator[Event]:
+        yield Started()
+        yield Delta(text="one ")
+        raise BackendFailed(message)
+
+    return script
+
+
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
         while not condition():
@@ -114,6 +125,26 @@ async def test_before_the_first_byte_the_next_candidate_is_asked(serve_gateway, 
     assert idle(gateway)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", CHAT),
+        ("/v1/messages", {**CHAT, "max_tokens": 5}),
+        ("/v1/responses", {"model": "m", "input": "hi"}),
+    ],
+)
+async def test_clients_do_not_learn_where_backends_stand(serve_gateway, path, body) -> None:
+    gateway = await serve_gateway(config("a"))
+    gateway.scripted["a"].script = failing(BackendFailed("http://10.1.2.3 ran out of memory"))
+    async with gateway.client() as client:
+        whole = await client.post(path, json=body)
+        gateway.scripted["a"].script = breaking("http://10.1.2.3 ran out of memory")
+        streamed = await client.post(path, json={**body, "stream": True})
+    for response in (whole, streamed):
+        assert "10.1.2.3" not in response.text
+        assert "backend_failed" in response.text
+
+
 async def test_a_4xx_is_passed_on_and_never_retried(serve_gateway) -> None:
     gateway = await serve_gateway(config("a", "b", health=Health(failures=1)))
     refusal = BackendRefused("too long", status=400, param="messages", code="context_exceeded")
@@ -127,13 +158,8 @@ async def test_a_4xx_is_passed_on_and_never_retried(serve_gateway) -> None:
 
 
 async def test_after_the_first_byte_nothing_is_retried(serve_gateway) -> None:
-    async def breaks(request: GenerateRequest, attempt: Attempt) -> AsyncIterator[Event]:
-        yield Started()
-        yield Delta(text="one ")
-        raise BackendFailed("out of memory")
-
     gateway = await serve_gateway(config("a", "b"))
-    gateway.scripted["a"].script = breaks
+    gateway.scripted["a"].script = breaking("out of memory")
     async with gateway.client() as client:
         response = await client.post("/v1/chat/completions", json=STREAM)
     lines = response.text.strip().split("\n\n")

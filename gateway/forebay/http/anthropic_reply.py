@@ -18,7 +18,7 @@ from forebay.api import (
     Usage,
 )
 from forebay.attempt import Answered, FlightEvent
-from forebay.http.reply import Reply
+from forebay.http.reply import Reply, public_message
 from forebay.http.segments import Segment, Segments, Step
 
 _encode = msgspec.json.encode
@@ -207,7 +207,7 @@ def error_body(error: ForebayError) -> bytes:
     """``{type: error, error: {type, message}}``."""
     code = status(error)
     fallback = "invalid_request_error" if code < 500 else "api_error"
-    message = f"{error.param}: {error.message}" if error.param else error.message
+    message = public_message(error)
     return _encode(
         {"type": "error", "error": {"type": _ERROR_TYPES.get(code, fallback), "message": message}}
     )

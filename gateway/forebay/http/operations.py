@@ -41,7 +41,7 @@ from forebay.http.operations_decode import (
     decode_score,
     decode_tokenize,
 )
-from forebay.http.reply import Arrival, Dialect, Reply, openai_error
+from forebay.http.reply import Arrival, Dialect, Reply, openai_error, public_message
 
 
 class OneAnswer(Reply):
@@ -208,7 +208,7 @@ def answer_infer(arrival: Arrival, limits: Limits) -> tuple[Request, Reply]:
 
 def kserve_error(error: ForebayError) -> bytes:
     """KServe v2 knows a message and nothing else."""
-    message = f"{error.param}: {error.message}" if error.param else error.message
+    message = public_message(error)
     return msgspec.json.encode({"error": message})
 
 

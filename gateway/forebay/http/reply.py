@@ -11,7 +11,16 @@ from typing import Any
 import msgspec
 from litestar.types import Send
 
-from forebay.api import Endpoint, Finished, ForebayError, Identity, Request
+from forebay.api import (
+    BackendError,
+    BackendRefused,
+    BackendTimeout,
+    Endpoint,
+    Finished,
+    ForebayError,
+    Identity,
+    Request,
+)
 from forebay.attempt import FlightEvent
 from forebay.config import Limits
 
@@ -84,11 +93,22 @@ class Arrival(msgspec.Struct, frozen=True, kw_only=True):
     parameters: Mapping[str, str]
 
 
+def public_message(error: ForebayError) -> str:
+    """What a client is told, the field named first.
+
+    Where a backend stands and what it said in failing is the operator's affair, in the log.
+    """
+    message = error.message
+    if isinstance(error, BackendError) and not isinstance(error, BackendRefused | BackendTimeout):
+        message = f"no backend could serve the request ({error.kind}); the gateway's log says why"
+    return f"{error.param}: {message}" if error.param else message
+
+
 def error_object(error: ForebayError) -> dict[str, Any]:
     """``message, type, param, code``: the four that every OpenAI client reads."""
     return {
         "error": {
-            "message": f"{error.param}: {error.message}" if error.param else error.message,
+            "message": public_message(error),
             "type": error.type,
             "param": error.param,
             "code": error.code,

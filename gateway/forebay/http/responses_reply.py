@@ -8,7 +8,7 @@ import msgspec
 
 from forebay.api import Delta, Finished, ForebayError, GenerateRequest, Usage
 from forebay.attempt import FlightEvent
-from forebay.http.reply import Reply
+from forebay.http.reply import Reply, public_message
 from forebay.http.segments import Segment, Segments, Step
 
 #: Is given the response object and the answer as a message of the chat dialect.
@@ -64,7 +64,7 @@ class ResponseReply(Reply):
 
     def failure(self, error: ForebayError) -> bytes:
         """Both that clients look for: the flat error, and the failed response as the last word."""
-        message = f"{error.param}: {error.message}" if error.param else error.message
+        message = public_message(error)
         flat = self._event("error", code=error.code, message=message, param=error.param)
         reason = {"code": "server_error", "message": message}
         failed = self._response("failed", output=self._output("incomplete"), error=reason)
