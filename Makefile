@@ -14,7 +14,7 @@ serve: set-up ## serve the demo model on http://127.0.0.1:8000/v1 (ARGS=... go t
 	@$(BIN)/forebay serve $(ARGS)
 
 test: set-up-dev model ## run the tests, all but those of `make e2e` (ARGS=... go to pytest)
-	$(BIN)/pytest -m "not e2e and not gpu" -q $(ARGS)
+	$(BIN)/pytest -q $(ARGS)
 
 check: lint test ## what must pass before a change is merged
 

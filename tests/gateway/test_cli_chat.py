@@ -109,6 +109,7 @@ def test_one_question_is_answered_by_the_first_model(port: DataPort) -> None:
     assert asked == {
         "model": "gemma",
         "messages": [{"role": "user", "content": "Hello?"}],
+        "max_tokens": 512,
         "stream": True,
     }
     assert port.keys == ["Bearer fb-1"]
@@ -116,8 +117,9 @@ def test_one_question_is_answered_by_the_first_model(port: DataPort) -> None:
 
 def test_a_model_and_an_address_with_v1_may_be_given(port: DataPort) -> None:
     port.models = []
-    assert run("Hello?", "--url", f"{port.url}/v1/", "--model", "mine").exit_code == 0
-    assert port.asked[0]["model"] == "mine"
+    options = ("--url", f"{port.url}/v1/", "--model", "mine", "--max-tokens", "7")
+    assert run("Hello?", *options).exit_code == 0
+    assert (port.asked[0]["model"], port.asked[0]["max_tokens"]) == ("mine", 7)
     assert port.keys == [None]
 
 

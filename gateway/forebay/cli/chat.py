@@ -53,6 +53,7 @@ class Conversation(NamedTuple):
     client: httpx.Client
     model: str
     messages: list[_Message]
+    max_tokens: int
 
     def ask(self, text: str) -> Iterator[str]:
         """The answer in pieces. Question and answer are kept once the answer has come whole.
@@ -60,7 +61,12 @@ class Conversation(NamedTuple):
         :raises Failed: the gateway or the backend refused or broke off.
         """
         asked = [*self.messages, _Message("user", text)]
-        body = {"model": self.model, "messages": asked, "stream": True}
+        body = {
+            "model": self.model,
+            "messages": asked,
+            "max_tokens": self.max_tokens,
+            "stream": True,
+        }
         answer = []
         with self.client.stream(
             "POST",
@@ -81,7 +87,14 @@ class Conversation(NamedTuple):
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The gateway.")
 @click.option("--model", help="The model to talk to.  [default: the first one it serves]")
 @click.option("--key", envvar="FOREBAY_API_KEY", help="API key; better in $FOREBAY_API_KEY.")
-def chat(text: str | None, url: str, model: str | None, key: str | None) -> None:
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Longest answer, in tokens.",
+)
+def chat(text: str | None, url: str, model: str | None, key: str | None, max_tokens: int) -> None:
     """Talk to a model. With TEXT: one question, one answer.
 
     In a conversation, Ctrl-C stops an answer; /quit or Ctrl-D ends it.
@@ -92,7 +105,7 @@ def chat(text: str | None, url: str, model: str | None, key: str | None) -> None
         with httpx.Client(
             base_url=base, headers=headers, timeout=_TIMEOUT, trust_env=False
         ) as client:
-            conversation = Conversation(client, model or _first_model(client), [])
+            conversation = Conversation(client, model or _first_model(client), [], max_tokens)
             if text is not None:
                 _say(conversation, text)
             else:

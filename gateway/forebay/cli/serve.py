@@ -87,6 +87,7 @@ def _try_it(endpoint: str, config: Config) -> list[str]:
     body = {
         "model": next(iter(config.models)),
         "messages": [{"role": "user", "content": "Why is the sky blue?"}],
+        "max_tokens": 64,
     }
     key = ["      -H 'authorization: Bearer YOUR_KEY' \\"] if config.keys else []
     text = json.dumps(body).replace("'", "'\\''")
