@@ -51,8 +51,8 @@ def read_headers(raw: Iterable[tuple[bytes, bytes]], limit: int) -> Mapping[str,
 
 def request_id(headers: Mapping[str, str]) -> str:
     """The client's, if it is harmless to log; else a new one."""
-    given = headers.get("x-request-id", "")
-    return given if _REQUEST_ID.match(given) else os.urandom(16).hex()
+    given = headers.get("x-request-id")
+    return given if given and _REQUEST_ID.match(given) else os.urandom(16).hex()
 
 
 async def read_body(receive: Receive, headers: Mapping[str, str], limit: int) -> bytes:
