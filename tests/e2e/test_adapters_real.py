@@ -269,6 +269,7 @@ async def test_connections_are_used_again(adapter: Adapter, server: tuple[str, s
     used = set()
     for streams in (True, False, True, True):
         await ask(adapter, chat_request(stream=streams, max_tokens=3))
+        await asyncio.sleep(0.05)  # a connection that is dropped is closed by the loop's next turn
         open_now = [
             c for c in psutil.Process().net_connections() if c.raddr and c.raddr.port == port
         ]
