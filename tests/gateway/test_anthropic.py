@@ -34,6 +34,8 @@ from forebay.config import Config, Key, Limits, Model
 from forebay.http.anthropic import decode_message
 from forebay.http.reply import Arrival
 
+#: What a client is told of a backend that failed: nothing of what the backend said.
+TOLD = "no backend could serve the request (backend_failed); the gateway's log says why"
 ASK = {"model": "m", "max_tokens": 100, "messages": [{"role": "user", "content": "hi"}]}
 WEATHER = {
     "name": "weather",
@@ -425,11 +427,11 @@ async def test_a_broken_stream_ends_in_an_error_event_and_no_stop(serve_gateway)
     assert names == ["message_start", "content_block_start", "content_block_delta", "error"]
     assert events_of(response.text)[-1][1] == {
         "type": "error",
-        "error": {"type": "api_error", "message": "it broke"},
+        "error": {"type": "api_error", "message": TOLD},
     }
     async with client_of(gateway) as client:
         stream = await client.messages.create(**ASK, stream=True)
-        with pytest.raises(anthropic.APIStatusError, match="it broke"):
+        with pytest.raises(anthropic.APIStatusError, match="no backend"):
             async for _ in stream:
                 pass
 
