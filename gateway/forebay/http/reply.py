@@ -28,8 +28,6 @@ Headers = list[tuple[bytes, bytes]]
 
 _PATH_TYPE = re.compile(r":\w+}")
 
-JSON = (b"content-type", b"application/json")
-
 
 class Reply(ABC):
     """The answer to one request, in its client's dialect."""
@@ -136,7 +134,11 @@ def error_headers(error: ForebayError) -> Headers:
 
 
 async def send_body(
-    send: Send, status: int, headers: Headers, body: bytes, content_type: bytes = JSON[1]
+    send: Send,
+    status: int,
+    headers: Headers,
+    body: bytes,
+    content_type: bytes = b"application/json",
 ) -> None:
     """A whole response."""
     head: Headers = [
