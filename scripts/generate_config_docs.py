@@ -30,6 +30,7 @@ from forebay.config import (
     Logging,
     Model,
     Plugins,
+    SamplingDefaults,
     Share,
     Tracing,
 )
@@ -43,6 +44,7 @@ SECTIONS: list[tuple[str, type[Struct]]] = [
     ("models.NAME", Model),
     ("models.NAME.backends.NAME", Share),
     ("models.NAME.timeouts", Timeouts),
+    ("models.NAME.sampling", SamplingDefaults),
     ("listen", Listen),
     ("admin", Admin),
     ("keys.NAME", Key),

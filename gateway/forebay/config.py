@@ -75,6 +75,28 @@ class Share(Section, frozen=True):
     """Relative share of the traffic, greater than 0, for the policies that weigh."""
 
 
+class SamplingDefaults(Section, frozen=True):
+    """What holds for requests to a model where the client says nothing. Unset: the neutral value,
+    by which every token keeps its probability, unless a backend has `neutral_sampling: false`."""
+
+    temperature: Annotated[float, Meta(ge=0)] | None = None
+    """Divides the logits; 0: the likeliest token always. Neutral: 1."""
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    """Share of probability from which is drawn. Neutral: 1."""
+    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    """Likeliest tokens from which is drawn. Neutral: -1, all."""
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    """Least probability of a token, as a share of the likeliest one's. Neutral: 0."""
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    """Taken off a logit for each time that its token was generated. Neutral: 0."""
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    """Taken off a logit once its token was generated. Neutral: 0."""
+    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
+    """Divides the logits of tokens that stand in prompt or answer. Neutral: 1."""
+    max_tokens: Positive | None = None
+    """Longest answer in tokens. Unset: 16 for completions, what the context holds for chats."""
+
+
 class Model(Section, frozen=True):
     """A model name that clients may ask for."""
 
@@ -90,6 +112,8 @@ class Model(Section, frozen=True):
     """Requests that may wait for a free backend; more are refused with 503. 0: none may wait."""
     queue_timeout: Seconds = 30.0
     """Seconds a request may wait for a free backend."""
+    sampling: SamplingDefaults = SamplingDefaults()
+    """Sampling fields that clients leave out, e.g. those that the model's authors recommend."""
 
 
 class Health(Section, frozen=True):

@@ -37,6 +37,7 @@ from forebay.outcome import kind_of, result_of
 from forebay.prefix_index import PrefixIndex
 from forebay.recorder import Recorder
 from forebay.routing import Choice, Router, refusal
+from forebay.sampling import with_defaults
 from forebay.telemetry.tracing import RequestTrace
 from forebay.watchdog import Watchdog
 
@@ -386,4 +387,5 @@ class Dispatch:
         :raises UnknownModel: nobody serves the request's model.
         """
         self.router.check_model(request.model)
+        request = with_defaults(request, self.models[request.model].sampling)
         return Flight(self, request, trace, arrived)

@@ -25,7 +25,7 @@ from forebay.api import (
 )
 from forebay_plugins.llamacpp_operations import perform, served
 from forebay_plugins.openai_shape import seconds
-from forebay_plugins.openai_wire import OpenAIServer
+from forebay_plugins.openai_wire import OPENAI_NEUTRAL, OpenAIServer
 from forebay_plugins.prometheus_text import samples
 
 __all__ = ["LlamaCppAdapter", "LlamaCppSettings"]
@@ -61,6 +61,12 @@ class LlamaCppAdapter(OpenAIServer):
     """One `llama-server`."""
 
     settings: LlamaCppSettings
+    neutral: ClassVar[Mapping[str, object]] = {
+        **OPENAI_NEUTRAL,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repeat_penalty": 1.0,
+    }
     # With it the server goes on generating after the client has left.
     withheld = frozenset({"x-conversation-id"})
     # It closes the connection after each stream, but says so only if it is asked to.
@@ -116,14 +122,37 @@ class LlamaCppAdapter(OpenAIServer):
         )
 
     async def changes(self, request: GenerateRequest) -> dict[str, object]:
+        return {**await self._limit(request), **await self._penalties(request)}
+
+    async def _limit(self, request: GenerateRequest) -> dict[str, object]:
         """Give every answer an end: by itself the server would go on as long as the model does."""
         if request.sampling.max_tokens is not None or "n_predict" in request.fields:
             return {}
         if request.endpoint == "completions":
             return {"max_tokens": COMPLETION_TOKENS}
-        if not self.settings.max_tokens and not self._context_size:
+        return {"max_tokens": self.settings.max_tokens or await self._slot_size()}
+
+    async def _penalties(self, request: GenerateRequest) -> dict[str, object]:
+        """Its own name for one of them, and all over the whole context: by itself, 64 tokens."""
+        sampling, changes = request.sampling, dict[str, object]()
+        if "repetition_penalty" in request.fields:
+            changes["repetition_penalty"] = None
+            if sampling.repetition_penalty is not None and "repeat_penalty" not in request.fields:
+                changes["repeat_penalty"] = sampling.repetition_penalty
+        penalised = (
+            sampling.repetition_penalty not in (None, 1)
+            or sampling.frequency_penalty
+            or sampling.presence_penalty
+        )
+        if penalised and "repeat_last_n" not in request.fields:
+            changes["repeat_last_n"] = await self._slot_size()
+        return changes
+
+    async def _slot_size(self) -> int:
+        """Tokens of a slot."""
+        if not self._context_size:
             await self._props()
-        return {"max_tokens": self.settings.max_tokens or self._context_size}
+        return self._context_size
 
     def timings(self, closing: Mapping[str, Any]) -> Timings | None:
         timings = closing.get("timings")

@@ -143,6 +143,7 @@ class OllamaAdapter(HttpServer):
             model=self.settings.model or request.model,
             num_ctx=self.settings.num_ctx,
             keep_alive=self.settings.keep_alive,
+            neutral=self.settings.neutral_sampling,
         )
         response = await self.post(_PATHS[request.endpoint], msgspec.json.encode(body), attempt)
         try:

@@ -34,8 +34,16 @@ _OPTIONS = {
     "repetition_penalty": "repeat_penalty",
     "seed": "seed",
 }
-#: Its own defaults come from the model's file; OpenAI's are these.
-_DEFAULTS = {"temperature": 1.0, "top_p": 1.0}
+#: Its own defaults come from the model's file, or are those of llama.cpp; these change nothing.
+_NEUTRAL = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "repeat_penalty": 1.0,
+}
 #: ``max_tokens`` of /v1/completions where none is given, by OpenAI's documentation.
 _COMPLETION_TOKENS = 16
 
@@ -87,14 +95,14 @@ def refused(field: str, why: str) -> BackendRefused:
 
 
 def body_of(
-    request: GenerateRequest, *, model: str, num_ctx: int, keep_alive: str
+    request: GenerateRequest, *, model: str, num_ctx: int, keep_alive: str, neutral: bool = True
 ) -> dict[str, object]:
-    """The body for a request.
+    """The body for a request; ``neutral``: what is not said of sampling shall change nothing.
 
     :raises BackendRefused: a field has no counterpart there.
     """
     _refuse(request)
-    options: dict[str, object] = dict(_DEFAULTS)
+    options: dict[str, object] = dict(_NEUTRAL) if neutral else {}
     for name, option in _OPTIONS.items():
         value = getattr(request.sampling, name)
         if value is not None:

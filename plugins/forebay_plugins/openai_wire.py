@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any, ClassVar
 
 import msgspec
+from msgspec import Raw
 
 from forebay.api import (
     Attempt,
@@ -30,8 +31,24 @@ from forebay_plugins.openai_shape import decode, finish_of
 from forebay_plugins.openai_whole import WholeAnswer
 from forebay_plugins.sse import Scanner
 
-__all__ = ["OpenAIServer"]
+__all__ = ["ENGINE_NEUTRAL", "OPENAI_NEUTRAL", "OpenAIServer"]
 
+#: OpenAI's sampling fields, and the values that change nothing.
+OPENAI_NEUTRAL: Mapping[str, object] = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+}
+#: With those that vLLM and SGLang have beside them, of which each takes its model's own values.
+ENGINE_NEUTRAL: Mapping[str, object] = {
+    **OPENAI_NEUTRAL,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
+
+_UNSAID = (None, Raw(b"null"))
 _PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
 
@@ -45,6 +62,8 @@ class OpenAIServer(HttpServer):
     stream_headers: ClassVar[Mapping[str, str]] = {}
     #: Answers that need not stream are streamed from the server all the same, and put together.
     always_streams: ClassVar[bool] = False
+    #: What is sent for sampling fields of which nothing is said; only fields that it knows.
+    neutral: ClassVar[Mapping[str, object]] = OPENAI_NEUTRAL
     #: See :class:`Scanner`.
     usage_by_choice: ClassVar[bool] = False
 
@@ -111,6 +130,9 @@ class OpenAIServer(HttpServer):
                 "include_usage": True,
             }
         changes |= await self.changes(request)
+        if self.settings.neutral_sampling:
+            said = {**request.fields, **changes}
+            changes |= {k: v for k, v in self.neutral.items() if said.get(k) in _UNSAID}
         headers = self.stream_headers if streams else {}
         return await self.post(
             _PATHS[request.endpoint], request.openai_body(**changes), attempt, headers

@@ -37,7 +37,7 @@ from forebay.api import (
     hookimpl,
 )
 from forebay_plugins.openai_operations import embed, extras
-from forebay_plugins.openai_wire import OpenAIServer
+from forebay_plugins.openai_wire import ENGINE_NEUTRAL, OpenAIServer
 from forebay_plugins.prometheus_text import samples
 
 __all__ = ["SglangAdapter", "SglangSettings"]
@@ -147,6 +147,7 @@ class SglangAdapter(OpenAIServer):
     """One SGLang server."""
 
     settings: SglangSettings
+    neutral = ENGINE_NEUTRAL
     _info: ServerInfo | None = None
     _served = ""
     _context_length = 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing, suppress
+from typing import ClassVar
 
 import msgspec
 from msgspec import Struct
@@ -77,6 +78,8 @@ class TgiAdapter(OpenAIServer):
     """One text-generation-inference server."""
 
     settings: TgiSettings
+    # What is not said changes nothing there.
+    neutral: ClassVar[Mapping[str, object]] = {}
     _info: Info | None = None
 
     async def probe(self) -> Capabilities:
@@ -155,7 +158,7 @@ class TgiAdapter(OpenAIServer):
         response = await self._upstream.send(
             "POST",
             "/generate_stream" if request.stream else "/generate",
-            body=generate_body(request, self._adapter, self._info),
+            body=generate_body(request, self._adapter, self._info, self.settings.neutral_sampling),
             headers={**attempt.headers, **self._headers},
             connect_timeout=attempt.timeouts.connect,
         )

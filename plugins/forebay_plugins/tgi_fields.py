@@ -48,8 +48,12 @@ def refuse_unknown(extra: tuple[str, ...], known: frozenset[str] = frozenset()) 
             raise refuse(field, where)
 
 
-def generate_body(request: GenerateRequest, adapter: str, info: Info | None) -> bytes:
+def generate_body(
+    request: GenerateRequest, adapter: str, info: Info | None, neutral: bool = True
+) -> bytes:
     """The body of `/generate` and `/generate_stream`.
+
+    ``neutral``: sample where nothing is said of it, which TGI itself would not.
 
     :raises BackendRefused: the request asks for what these cannot do.
     """
@@ -60,7 +64,7 @@ def generate_body(request: GenerateRequest, adapter: str, info: Info | None) -> 
     greedy = sampling.temperature == 0
     parameters: dict[str, object] = {
         "details": True,
-        "do_sample": not greedy,
+        "do_sample": not greedy if neutral or greedy else None,
         "max_new_tokens": sampling.max_tokens,
         "temperature": sampling.temperature or None,
         "top_p": _top_p(request),

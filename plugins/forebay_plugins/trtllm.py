@@ -8,7 +8,7 @@ no authentication and no answer when full: requests queue in the engine.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Struct
@@ -28,7 +28,7 @@ from forebay.api import (
     hookimpl,
 )
 from forebay_plugins.openai_operations import embed
-from forebay_plugins.openai_wire import OpenAIServer
+from forebay_plugins.openai_wire import ENGINE_NEUTRAL, OpenAIServer
 from forebay_plugins.prometheus_text import samples
 
 __all__ = ["TrtLlmAdapter", "TrtLlmSettings"]
@@ -161,6 +161,7 @@ class TrtLlmAdapter(OpenAIServer):
     """One `trtllm-serve`."""
 
     settings: TrtLlmSettings
+    neutral: ClassVar[Mapping[str, object]] = {**ENGINE_NEUTRAL, "top_k": 0}
     _version: str | None = None
     _kv_usage: float | None = None
     _iterates = False

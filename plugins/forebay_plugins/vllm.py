@@ -25,7 +25,7 @@ from forebay.api import (
     hookimpl,
 )
 from forebay_plugins.openai_shape import seconds
-from forebay_plugins.openai_wire import OpenAIServer
+from forebay_plugins.openai_wire import ENGINE_NEUTRAL, OpenAIServer
 from forebay_plugins.prometheus_text import samples
 from forebay_plugins.vllm_operations import perform, served
 from forebay_plugins.vllm_structured import Generation, asked, constraints, generation_of
@@ -61,6 +61,7 @@ class VllmAdapter(OpenAIServer):
     """One vLLM server."""
 
     settings: VllmSettings
+    neutral = ENGINE_NEUTRAL
     _version = ""
     #: What was found by asking; asked again when the server's version or models change.
     _endpoints: frozenset[Endpoint] | None = None

@@ -33,7 +33,7 @@ from forebay.api import (
     Usage,
     hookimpl,
 )
-from forebay.config import Config, Health, Model
+from forebay.config import Config, Health, Model, SamplingDefaults
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 STREAM = {**CHAT, "stream": True}
@@ -463,6 +463,27 @@ async def test_backpressure_reaches_the_adapter(serve_gateway) -> None:
     assert produced == stuck_at, "nobody reads, so nothing is made"
     writer.transport.abort()
     await until(lambda: idle(gateway))
+
+
+async def test_a_models_sampling_defaults_reach_its_backends(serve_gateway) -> None:
+    heard = []
+
+    async def listening(request: GenerateRequest, attempt: Attempt) -> AsyncIterator[Event]:
+        heard.append((request.sampling, json.loads(request.openai_body())))
+        yield Started()
+        yield Delta(text="hi", finish_reason="stop")
+        yield Finished(Usage(1, 1))
+
+    defaults = SamplingDefaults(temperature=0.6, top_k=20)
+    gateway = await serve_gateway(config("a", sampling=defaults))
+    gateway.scripted["a"].script = listening
+    async with gateway.client() as client:
+        await client.post("/v1/chat/completions", json={**CHAT, "temperature": 0})
+        await client.post("/v1/messages", json={**CHAT, "max_tokens": 5, "top_k": 3})
+    (first, body), (second, _) = heard
+    assert (first.temperature, first.top_k) == (0, 20)
+    assert body == {**CHAT, "temperature": 0, "top_k": 20}
+    assert (second.temperature, second.top_k) == (0.6, 3)
 
 
 async def test_every_error_kind_has_a_status_that_clients_can_act_on() -> None:

@@ -29,7 +29,7 @@ from forebay.api import (
 from forebay.testing import Exchange, ScriptedServer, adapter_context, chat_request
 from forebay.testing.adapter import collect
 from forebay.testing.answer import read_answer
-from forebay_plugins import llamacpp, openai, vllm
+from forebay_plugins import llamacpp, openai, openai_wire, vllm
 from forebay_plugins.openai_errors import error_of
 from forebay_plugins.prometheus_text import samples
 
@@ -87,6 +87,7 @@ async def test_the_request_is_the_clients_with_the_backends_model_and_key() -> N
         "max_tokens": 16,
         "unheard_of": {"a": [1, None]},
         "top_k": 3,
+        **openai_wire.OPENAI_NEUTRAL,
     }
     headers = exchange.headers
     assert headers["authorization"] == "Bearer secret"

@@ -28,6 +28,9 @@ from forebay.testing import Exchange, ScriptedServer, adapter_context, chat_requ
 from forebay.testing.adapter import collect
 from forebay_plugins.trtllm import TrtLlmAdapter, TrtLlmSettings
 
+#: How it is told to draw from all tokens as they are.
+NEUTRAL = TrtLlmAdapter.neutral
+
 
 @pytest.fixture(scope="session")
 def server() -> ModuleType:
@@ -85,6 +88,7 @@ async def test_what_it_knows_is_sent(server: ModuleType) -> None:
         "messages": [{"role": "user", "content": "Hello"}],
         "max_tokens": 16,
         "stream_options": {"include_usage": True},
+        **NEUTRAL,
         **known,
     }
 
@@ -94,7 +98,8 @@ async def test_what_says_nothing_is_left_out(server: ModuleType) -> None:
     body = await sent(
         server, chat_request(store=True, metadata={"a": "b"}, logit_bias=None, n=1, guided={})
     )
-    assert set(body) == {"model", "stream", "messages", "max_tokens", "stream_options"}
+    known = {"model", "stream", "messages", "max_tokens", "stream_options"}
+    assert set(body) == known | NEUTRAL.keys()
 
 
 @pytest.mark.parametrize("field", ["priority", "guided_regex", "structured_outputs", "unheard_of"])

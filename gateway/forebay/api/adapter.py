@@ -44,6 +44,10 @@ class BackendSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
     """Seconds between two readings of the backend's own load figures; 0: never read."""
     exports_traces: bool = False
     """The backend exports spans of its own, so none are synthesised from its timings."""
+    neutral_sampling: bool = True
+    """Sampling fields that neither the client nor `models.NAME.sampling` sets are sent with the
+    value that changes nothing, so that all backends sample alike; false: the server's own defaults
+    apply."""
 
 
 class HttpBackendSettings(BackendSettings, kw_only=True, frozen=True):
