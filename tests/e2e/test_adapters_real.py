@@ -92,6 +92,29 @@ async def test_answers(adapter: Adapter, endpoint: Any, streams: bool) -> None:
         assert answer.pieces > 1
 
 
+@pytest.mark.parametrize(
+    ("neutral", "told"),
+    [
+        (True, {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.5}),
+        (False, {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}),
+    ],
+)
+async def test_llamacpp_samples_as_it_is_told(
+    real: dict[str, Any], neutral: bool, told: dict[str, float]
+) -> None:
+    """``verbose`` makes it say how it sampled."""
+    request = chat_request(stream=False, max_tokens=2, verbose=True, repetition_penalty=1.5)
+    sampling = msgspec.structs.replace(request.sampling, repetition_penalty=1.5)
+    request = msgspec.structs.replace(request, sampling=sampling)
+    url = real["llama"].url
+    async with adapter_for(llamacpp, url, model=MODEL, neutral_sampling=neutral) as adapter:
+        relayed, _ = await collect(adapter, request)
+    assert isinstance(relayed, Relayed)
+    found = json.loads(relayed.data)["__verbose"]["generation_settings"]
+    assert {name: found[name] for name in told} == pytest.approx(told)
+    assert found["repeat_last_n"] > 64
+
+
 async def test_the_same_text_streamed_and_whole(adapter: Adapter) -> None:
     request = chat_request("One two three", endpoint="completions", temperature=0)
     streamed = await ask(adapter, request)
