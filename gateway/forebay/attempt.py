@@ -18,6 +18,7 @@ from forebay.api import (
 )
 from forebay.fleet import Backend
 from forebay.telemetry.tracing import AttemptTrace
+from forebay.usage import UsageCounter
 
 
 class Answered(Struct, frozen=True):
@@ -32,9 +33,17 @@ FlightEvent = Event | Answered
 class LiveAttempt:
     """Counted in its backend's load from :meth:`begin` to :meth:`end`."""
 
-    def __init__(self, backend: Backend, tokens: int, trace: AttemptTrace, started: float) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        tokens: int,
+        trace: AttemptTrace,
+        usage: UsageCounter,
+        started: float,
+    ) -> None:
         self.backend = backend
         self.trace = trace
+        self.usage = usage
         #: Seconds after the request's arrival.
         self.started = started
         self.events: AsyncIterator[FlightEvent]

@@ -39,6 +39,7 @@ from forebay.recorder import Recorder
 from forebay.routing import Choice, Router, refusal
 from forebay.sampling import with_defaults
 from forebay.telemetry.tracing import RequestTrace
+from forebay.usage import UsageCounter
 from forebay.watchdog import Watchdog
 
 log = structlog.get_logger("forebay.dispatch")
@@ -147,7 +148,8 @@ class Flight:
             number, backend.name, backend.provider, backend.address, request
         )
         attempt = Attempt(number=number, headers=trace.headers, timeouts=settings.timeouts)
-        live = self._live = LiveAttempt(backend, tokens, trace, self._now())
+        usage = UsageCounter(request, self._dispatch.index)
+        live = self._live = LiveAttempt(backend, tokens, trace, usage, self._now())
         live.begin(work_of(backend.adapter, request, attempt))
         self._watchdog.wait("first_token", settings.timeouts.first_token)
         self._events, self._finished = 0, None
@@ -207,13 +209,14 @@ class Flight:
             log.exception("adapter raised", backend=live.backend.name)
             raise BackendFailed(f"the adapter raised {type(error).__name__}") from error
         if isinstance(event, Finished):
-            self._finished = event
+            event = self._finished = live.usage.complete(event, self._events)
         elif isinstance(event, Relayed):
             self._events += event.events
         elif isinstance(event, Answered):
             self._events += 1
         elif isinstance(event, Delta):
             self._events += 1
+            live.usage.see(event)
             if event.finish_reason is not None:
                 self._reasons[event.index] = event.finish_reason
         return event

@@ -24,6 +24,7 @@ from forebay.api import (
     StreamTruncated,
     Timings,
     UpstreamResponse,
+    Usage,
 )
 from forebay_plugins.http_server import HttpServer, drain
 from forebay_plugins.openai_events import typed_events
@@ -49,6 +50,8 @@ ENGINE_NEUTRAL: Mapping[str, object] = {
 }
 
 _UNSAID = (None, Raw(b"null"))
+#: The members of a message that hold what the model said.
+_PARTS = ("content", "reasoning_content", "tool_calls")
 _PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
 
@@ -151,8 +154,16 @@ class OpenAIServer(HttpServer):
         content["model"] = request.model
         content["id"] = content.get("id") or request.id
         content["created"] = content.get("created") or request.created
-        usage = answer.usage.usage() if answer.usage else None
+        usage = answer.usage.usage() if answer.usage else _counted(content["choices"])
         return msgspec.json.encode(content), Finished(usage, self.timings(content), reasons)
+
+
+def _counted(choices: list[dict[str, Any]]) -> Usage:
+    """Where the server counts nothing: a token for four bytes; the prompt is the gateway's."""
+    said = [choice.get("message") or {"content": choice.get("text")} for choice in choices]
+    parts = [message.get(part) for message in said for part in _PARTS]
+    size = sum(len(msgspec.json.encode(part)) for part in parts if part)
+    return Usage(prompt_tokens=0, completion_tokens=-(-size // 4), source="counted")
 
 
 def _object(request: GenerateRequest, field: str) -> dict[str, object]:

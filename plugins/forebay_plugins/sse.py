@@ -65,7 +65,8 @@ class Scanner:
 
     @property
     def usage(self) -> Usage:
-        """As reported; else counted: a token for each event with content, the prompt as 0."""
+        """As reported; else counted: a token for each event with content, which is too few where
+        an event holds several; the prompt is left to the gateway."""
         if self._usage is not None:
             return msgspec.convert(self._usage, ReportedUsage).usage()
         return Usage(prompt_tokens=0, completion_tokens=self._counted, source="counted")

@@ -79,6 +79,7 @@ def test_a_request_is_one_wide_line(capsys: pytest.CaptureFixture[str]) -> None:
         "input_tokens": 9,
         "output_tokens": 64,
         "cached_tokens": 8,
+        "usage_source": "reported",
         "finish_reasons": ["stop"],
         "lane": "relay",
     }

@@ -140,7 +140,7 @@ async def test_a_body_is_completed_and_renamed() -> None:
         "created": request.created,
         "extra": {"y": 2},
     }
-    assert finished == Finished(None, None, ("stop",))
+    assert finished == Finished(Usage(0, 1, source="counted"), None, ("stop",))
 
 
 GARBAGE: dict[str, tuple[int, object, Mapping[str, str]]] = {

@@ -89,7 +89,8 @@ def _ending(outcome: Outcome) -> str:
     parts.append(f"overhead {seconds(outcome.overhead)}")
     if outcome.usage is not None:
         usage = outcome.usage
-        parts.append(f"{usage.prompt_tokens} tokens in, {usage.completion_tokens} out")
+        counted = " (counted)" if usage.source == "counted" else ""
+        parts.append(f"{usage.prompt_tokens} tokens in, {usage.completion_tokens} out{counted}")
     if outcome.finish_reasons:
         parts.append(f"finish: {', '.join(outcome.finish_reasons)}")
     if outcome.lane:

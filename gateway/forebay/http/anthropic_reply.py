@@ -18,6 +18,7 @@ from forebay.api import (
     Usage,
 )
 from forebay.attempt import Answered, FlightEvent
+from forebay.http.encode import counted_mark
 from forebay.http.reply import Reply, public_message
 from forebay.http.segments import Segment, Segments, Step
 
@@ -184,18 +185,18 @@ def _arguments(segment: Segment, cut: bool) -> dict[str, object]:
         ) from None
 
 
-def usage_object(usage: Usage | None) -> dict[str, int]:
+def usage_object(usage: Usage | None) -> dict[str, object]:
     """Anthropic counts prompt tokens that came from the cache apart from the others."""
     if usage is None:
         return {"input_tokens": 0, "output_tokens": 0}
     cached = usage.cached_tokens or 0
-    figures = {
+    figures: dict[str, object] = {
         "input_tokens": usage.prompt_tokens - cached,
         "output_tokens": usage.completion_tokens,
     }
     if usage.cached_tokens is not None:
         figures["cache_read_input_tokens"] = cached
-    return figures
+    return {**figures, **counted_mark(usage)}
 
 
 def status(error: ForebayError) -> int:

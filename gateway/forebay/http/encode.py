@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from msgspec import Raw, Struct, structs
 
 from forebay.api import (
     Delta,
@@ -27,6 +28,15 @@ DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.encode
 
 
+class Head(Struct):
+    """What is the same in every chunk of a stream."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+
+
 class OpenAIReply(Reply):
     """The answer to a chat or completions request, streamed or whole."""
 
@@ -34,17 +44,30 @@ class OpenAIReply(Reply):
         self._request = request
         self._chunks: ChunkEncoder | None = None
         self._answer = Answer(request)
+        #: The first bytes of a stream; all of an answer that does not stream.
         self._relayed = b""
 
     def chunk(self, event: FlightEvent) -> bytes:
         match event:
             case Relayed():
+                self._relayed = self._relayed or event.data
                 return event.data
             case Delta():
                 return self._typed().delta(event)
             case Finished():
-                return (self._chunks.usage(event.usage) if self._chunks else b"") + DONE
+                return self._usage(event.usage) + DONE
         raise TypeError(f"{event!r} is no part of generated text")
+
+    def _usage(self, usage: Usage | None) -> bytes:
+        """The usage chunk; one that a backend reports has been relayed."""
+        if self._chunks is not None or not self._relayed:
+            return self._typed().usage(usage)
+        if usage is None or usage.source == "reported" or not self._request.include_usage:
+            return b""
+        first, _, _ = self._relayed.partition(b"\n\n")
+        head = msgspec.json.decode(first.removeprefix(b"data: "), type=Head)
+        chunk = {**structs.asdict(head), "choices": [], "usage": usage_object(usage)}
+        return b"data: " + _encode(chunk) + b"\n\n"
 
     def _typed(self) -> ChunkEncoder:
         if self._chunks is None:
@@ -58,7 +81,13 @@ class OpenAIReply(Reply):
             self._answer.add(event)
 
     def body(self, finished: Finished) -> bytes:
-        return self._relayed or self._answer.body(finished.usage)
+        if not self._relayed:
+            return self._answer.body(finished.usage)
+        usage = finished.usage
+        if usage is None or usage.source == "reported":
+            return self._relayed
+        answer = msgspec.json.decode(self._relayed, type=dict[str, Raw])
+        return _encode({**answer, "usage": usage_object(usage)})
 
     def failure(self, error: ForebayError) -> bytes:
         return b"data: " + openai_error(error) + b"\n\n"
@@ -221,7 +250,12 @@ def usage_object(usage: Usage) -> dict[str, object]:
     }
     if usage.cached_tokens is not None:
         answer["prompt_tokens_details"] = {"cached_tokens": usage.cached_tokens}
-    return answer
+    return {**answer, **counted_mark(usage)}
+
+
+def counted_mark(usage: Usage) -> dict[str, str]:
+    """A further member of usage objects, in each dialect, if the figures are not the backend's."""
+    return {"source": usage.source} if usage.source == "counted" else {}
 
 
 def chat_logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any]:

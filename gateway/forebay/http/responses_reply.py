@@ -8,6 +8,7 @@ import msgspec
 
 from forebay.api import Delta, Finished, ForebayError, GenerateRequest, Usage
 from forebay.attempt import FlightEvent
+from forebay.http.encode import counted_mark
 from forebay.http.reply import Reply, public_message
 from forebay.http.segments import Segment, Segments, Step
 
@@ -202,4 +203,5 @@ def usage_object(usage: Usage) -> dict[str, object]:
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        **counted_mark(usage),
     }

@@ -117,6 +117,7 @@ def request_done(decision: Decision) -> None:
         input_tokens=None if usage is None else usage.prompt_tokens,
         output_tokens=None if usage is None else usage.completion_tokens,
         cached_tokens=None if usage is None else usage.cached_tokens,
+        usage_source=None if usage is None else usage.source,
         finish_reasons=outcome.finish_reasons,
         lane=outcome.lane,
     )

@@ -23,6 +23,7 @@ ERROR_TYPE = "error.type"
 RESEND_COUNT = "http.request.resend_count"
 SYNTHETIC = "forebay.synthetic"
 TIMING_SOURCE = "forebay.timing_source"
+USAGE_SOURCE = "forebay.usage_source"
 LANE = "forebay.lane"
 TIME_TO_FIRST_CHUNK = "gen_ai.response.time_to_first_chunk"
 FINISH_REASONS = "gen_ai.response.finish_reasons"
@@ -161,4 +162,6 @@ def usage(figures: Usage) -> Attributes:
     }
     if figures.cached_tokens is not None:
         attributes["gen_ai.usage.cache_read.input_tokens"] = figures.cached_tokens
+    if figures.source == "counted":
+        attributes[USAGE_SOURCE] = figures.source
     return attributes
