@@ -74,7 +74,7 @@ class App:
 
     def _fleet_rows(self) -> Iterable[FleetRow]:
         for backend in self.fleet.backends.values():
-            reading = backend.reading
+            reading, cache = backend.reading, backend.cache()
             yield FleetRow(
                 backend=backend.name,
                 healthy=backend.state() == "healthy",
@@ -83,6 +83,8 @@ class App:
                 waiting=reading.waiting if reading else None,
                 kv_usage=reading.kv_usage if reading else None,
                 load_age=backend.load_age(),
+                cached_blocks=cache.blocks if cache else None,
+                cached_tokens=cache.tokens if cache else None,
             )
 
 

@@ -20,6 +20,7 @@ from forebay.api import (
     Load,
     Request,
 )
+from forebay.cached_blocks import CachedBlocks, CacheStatus, follow
 from forebay.config import Config
 from forebay.health import Health, State
 
@@ -48,6 +49,8 @@ class Backend:
         self.capabilities: Capabilities | None = None
         self.reading: Load | None = None
         self.read_at = 0.0
+        #: None: it does not tell of its cache.
+        self.cached_blocks: CachedBlocks | None = None
         self.in_flight = 0
         self.queued_tokens = 0
         self.ttft: float | None = None
@@ -82,6 +85,9 @@ class Backend:
 
     def load_age(self) -> float | None:
         return None if self.reading is None else time.monotonic() - self.read_at
+
+    def cache(self) -> CacheStatus | None:
+        return None if self.cached_blocks is None else self.cached_blocks.status()
 
     def first_token(self, seconds: float) -> None:
         old = self.ttft
@@ -152,6 +158,12 @@ class Fleet:
             self._tasks.append(asyncio.create_task(self._watch(backend)))
             if backend.settings.load_interval:
                 self._tasks.append(asyncio.create_task(self._read_load(backend)))
+            if backend.adapter.cache_events() is not None:
+                backend.cached_blocks = view = CachedBlocks()
+                following = follow(
+                    backend.name, backend.adapter, view, backend.settings.probe_interval
+                )
+                self._tasks.append(asyncio.create_task(following))
 
     async def aclose(self) -> None:
         for task in self._tasks:
@@ -212,7 +224,7 @@ class Fleet:
                 log.exception("load raised", backend=backend.name)
                 continue
             if reading is not None:
-                backend.reading, backend.read_at = reading, time.monotonic()
+                backend.reading, backend.read_at = reading, time.monotonic() - reading.age
 
 
 def _pool(
@@ -244,4 +256,5 @@ def describe(backend: Backend, models: list[str]) -> dict[str, object]:
         "capabilities": structs.asdict(backend.capabilities) if backend.capabilities else None,
         "requests": backend.requests,
         "failures": backend.failures,
+        "cache": backend.cache(),
     }

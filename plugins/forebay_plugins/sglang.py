@@ -6,24 +6,25 @@ by prefix, so that ending `req-1` would end `req-10` as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import AsyncGenerator, Iterable
 
 import msgspec
 from msgspec import Struct
 
 from forebay.api import (
+    AdapterContext,
     AdapterKind,
     Attempt,
     BackendError,
     BackendFailed,
     BackendGarbage,
     BackendRefused,
+    CacheBatch,
     Capabilities,
     DetokenizeRequest,
     EmbedRequest,
     Endpoint,
     GenerateRequest,
-    HttpBackendSettings,
     Load,
     Operation,
     Ranked,
@@ -36,6 +37,7 @@ from forebay.api import (
     Unsupported,
     hookimpl,
 )
+from forebay_plugins.kv_events import KvEvents, KvEventSettings
 from forebay_plugins.openai_operations import embed, extras
 from forebay_plugins.openai_wire import ENGINE_NEUTRAL, OpenAIServer
 from forebay_plugins.prometheus_text import samples
@@ -85,7 +87,7 @@ _FIELDS = frozenset(
 )
 
 
-class SglangSettings(HttpBackendSettings, kw_only=True, frozen=True):
+class SglangSettings(KvEventSettings, kw_only=True, frozen=True):
     """Settings of `adapter: sglang`."""
 
     multimodal: bool = False
@@ -152,6 +154,10 @@ class SglangAdapter(OpenAIServer):
     _served = ""
     _context_length = 0
 
+    def __init__(self, settings: SglangSettings, context: AdapterContext) -> None:
+        super().__init__(settings, context)
+        self._events = KvEvents(settings) if settings.kv_events else None
+
     async def probe(self) -> Capabilities:
         try:
             await self.get("/health")
@@ -209,6 +215,9 @@ class SglangAdapter(OpenAIServer):
             waiting=int(sum(waiting)) if waiting else None,
             kv_usage=sum(kv) / len(kv) if kv else None,
         )
+
+    def cache_events(self) -> AsyncGenerator[CacheBatch, None] | None:
+        return None if self._events is None else self._events.batches()
 
     async def changes(self, request: GenerateRequest) -> dict[str, object]:
         changes: dict[str, object] = {"model": self._name(request.model)}

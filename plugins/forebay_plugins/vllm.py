@@ -5,25 +5,27 @@ LoRA adapters are models there: ``model`` may be any name that ``/v1/models`` li
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from typing import Any
 
 from msgspec import Struct
 
 from forebay.api import (
+    AdapterContext,
     AdapterKind,
     Attempt,
     BackendFailed,
+    CacheBatch,
     Capabilities,
     Endpoint,
     GenerateRequest,
-    HttpBackendSettings,
     Load,
     Operation,
     Result,
     Timings,
     hookimpl,
 )
+from forebay_plugins.kv_events import KvEvents, KvEventSettings
 from forebay_plugins.openai_shape import seconds
 from forebay_plugins.openai_wire import ENGINE_NEUTRAL, OpenAIServer
 from forebay_plugins.prometheus_text import samples
@@ -33,7 +35,7 @@ from forebay_plugins.vllm_structured import Generation, asked, constraints, gene
 __all__ = ["VllmAdapter", "VllmSettings"]
 
 
-class VllmSettings(HttpBackendSettings, kw_only=True, frozen=True):
+class VllmSettings(KvEventSettings, kw_only=True, frozen=True):
     """Settings of `adapter: vllm`."""
 
     tools: bool = True
@@ -67,6 +69,10 @@ class VllmAdapter(OpenAIServer):
     _endpoints: frozenset[Endpoint] | None = None
     _generation: Generation | None = None
     _known: tuple[str, tuple[str, ...]] | None = None
+
+    def __init__(self, settings: VllmSettings, context: AdapterContext) -> None:
+        super().__init__(settings, context)
+        self._events = KvEvents(settings) if settings.kv_events else None
 
     async def probe(self) -> Capabilities:
         await self.get("/health")
@@ -120,6 +126,9 @@ class VllmAdapter(OpenAIServer):
             waiting=int(sum(waiting)) if waiting else None,
             kv_usage=sum(kv) / len(kv) if kv else None,
         )
+
+    def cache_events(self) -> AsyncGenerator[CacheBatch, None] | None:
+        return None if self._events is None else self._events.batches()
 
     def timings(self, closing: Mapping[str, Any]) -> Timings | None:
         """Only there with `--enable-per-request-metrics`, and for a single choice."""

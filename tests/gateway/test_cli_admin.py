@@ -77,6 +77,7 @@ BACKENDS = [
         "capabilities": msgspec.to_builtins(CAPABILITIES),
         "requests": 1200,
         "failures": 3,
+        "cache": {"blocks": 1200, "tokens": 38400, "gaps": 2, "sequence": 9, "age": 0.25},
         "of_a_later_version": 1,
     },
     {
@@ -156,6 +157,8 @@ def test_backends_are_a_table_and_a_sentence_each(admin: str) -> None:
     assert "llama serves gemma; chat, completions, logprobs; context 32,768; slots 4" in " ".join(
         result.output.split()
     )
+    cache = "1,200 blocks known cached (38,400 tokens), told 250 ms ago, events lost 2 times"
+    assert cache in " ".join(result.output.split())
     assert line_with(result.output, "vllm-1  connect") == (
         "vllm-1 connect_failed 3 times in a row; serves no model"
     )

@@ -13,6 +13,13 @@ from forebay.api.adapter import (
     HttpBackendSettings,
     Load,
 )
+from forebay.api.cache import (
+    BlocksRemoved,
+    BlocksStored,
+    CacheBatch,
+    CacheCleared,
+    CacheEvent,
+)
 from forebay.api.decision import AttemptRecord, Candidate, Decision, Outcome
 from forebay.api.errors import (
     BackendBusy,
@@ -103,6 +110,11 @@ __all__ = [
     "BackendSettings",
     "BackendTimeout",
     "BackendView",
+    "BlocksRemoved",
+    "BlocksStored",
+    "CacheBatch",
+    "CacheCleared",
+    "CacheEvent",
     "Candidate",
     "Capabilities",
     "ConfigError",

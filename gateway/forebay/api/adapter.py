@@ -7,12 +7,13 @@ An adapter turns everything its backend does differently into the one model of
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
+from forebay.api.cache import CacheBatch
 from forebay.api.errors import Unsupported
 from forebay.api.http import Upstream
 from forebay.api.messages import Attempt, Endpoint, Event, GenerateRequest
@@ -88,6 +89,8 @@ class Load(Struct, frozen=True, kw_only=True):
     waiting: int | None = None
     #: Share of the KV cache in use, 0 to 1.
     kv_usage: float | None = None
+    #: Seconds since the backend said so.
+    age: float = 0.0
 
 
 class AdapterContext(Struct, frozen=True, kw_only=True):
@@ -144,6 +147,20 @@ class Adapter(ABC):
 
     async def load(self) -> Load | None:
         """Read the backend's own load figures; None if it has none."""
+        return None
+
+    def cache_events(self) -> AsyncGenerator[CacheBatch, None] | None:
+        """What happens in the backend's prefix cache; None if it does not tell (the default).
+
+        Asked after :meth:`start`, and again when it has raised. The generator runs as long as the
+        gateway and waits where there is nothing to tell, also for a backend that is not there. It
+        begins with what is in the cache, as far as the backend can tell. Blocks that are told of
+        are in the cache; not all that are in it need to be told of. Whenever events may have been
+        lost, it says so with a ``CacheCleared`` before it goes on.
+
+        :raises BackendError: the backend cannot be understood; what it told is dropped, and it is
+            asked again after ``probe_interval``.
+        """
         return None
 
     async def aclose(self) -> None:  # noqa: B027 - a default, to be overridden where there is work

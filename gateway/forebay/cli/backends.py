@@ -7,6 +7,7 @@ from msgspec import Struct
 from rich.text import Text
 
 from forebay.api import Capabilities
+from forebay.cached_blocks import CacheStatus
 from forebay.cli.admin import admin_option, fetch, json_option
 from forebay.cli.output import console, facts, figure, print_json, seconds, table
 
@@ -31,6 +32,7 @@ class BackendStatus(Struct, kw_only=True):
     capabilities: Capabilities | None = None
     requests: int = 0
     failures: int = 0
+    cache: CacheStatus | None = None
 
 
 class Fleet(Struct):
@@ -78,7 +80,17 @@ def _sentence(item: BackendStatus) -> str:
         parts += _abilities(item.capabilities)
     if item.load_age is not None:
         parts.append(f"load read {seconds(item.load_age)} ago")
+    if item.cache is not None:
+        parts.append(_cache(item.cache))
     return "; ".join(parts)
+
+
+def _cache(cache: CacheStatus) -> str:
+    if cache.age is None:
+        return "no cache events yet"
+    found = f"{cache.blocks:,} blocks known cached ({cache.tokens:,} tokens)"
+    gaps = f", events lost {cache.gaps} times" if cache.gaps else ""
+    return f"{found}, told {seconds(cache.age)} ago{gaps}"
 
 
 def _abilities(found: Capabilities) -> list[str]:

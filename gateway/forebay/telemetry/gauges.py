@@ -22,6 +22,9 @@ class FleetRow(Struct, frozen=True, kw_only=True):
     waiting: int | None = None
     kv_usage: float | None = None
     load_age: float | None = None
+    #: What is known to lie in its prefix cache.
+    cached_blocks: int | None = None
+    cached_tokens: int | None = None
 
 
 _FLEET = (
@@ -31,6 +34,8 @@ _FLEET = (
     ("waiting", "forebay_backend_waiting", "Requests the backend says are in its queue"),
     ("kv_usage", "forebay_backend_kv_usage_ratio", "Share of the backend's KV cache in use"),
     ("load_age", "forebay_backend_load_age_seconds", "Age of the backend's own figures"),
+    ("cached_blocks", "forebay_backend_cached_blocks", "Blocks known to be in its prefix cache"),
+    ("cached_tokens", "forebay_backend_cached_tokens", "Tokens known to be in its prefix cache"),
 )
 
 
