@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         chat_request,
     )
     from forebay.testing.policy import PolicyContract, make_request, make_snapshot
+    from forebay.testing.recording import Recorded, recorder, replay
     from forebay.testing.server import Exchange, ScriptedServer
 
 __all__ = [
@@ -24,12 +25,15 @@ __all__ = [
     "Bench",
     "Exchange",
     "PolicyContract",
+    "Recorded",
     "Scenario",
     "ScriptedServer",
     "adapter_context",
     "chat_request",
     "make_request",
     "make_snapshot",
+    "recorder",
+    "replay",
 ]
 
 _HOMES = {
@@ -37,12 +41,15 @@ _HOMES = {
     "Bench": "adapter",
     "Exchange": "server",
     "PolicyContract": "policy",
+    "Recorded": "recording",
     "Scenario": "adapter",
     "ScriptedServer": "server",
     "adapter_context": "adapter",
     "chat_request": "adapter",
     "make_request": "policy",
     "make_snapshot": "policy",
+    "recorder": "recording",
+    "replay": "recording",
 }
 
 
