@@ -44,6 +44,7 @@ class Choice:
         self.input_tokens: int | None = None
         #: Responses that had text, and what they said of their tokens.
         self._pieces = 0
+        self._responses = 0
         self._counts: list[int] = []
 
     @property
@@ -72,6 +73,7 @@ class Choice:
         text = piece.text
         if self._accumulates:
             text, self._text = text[self._text :], len(text)
+        self._responses += 1
         self._pieces += bool(text)
         if piece.input_tokens is not None:
             self.input_tokens = piece.input_tokens
@@ -86,7 +88,7 @@ class Choice:
     def end(self) -> Iterator[Delta]:
         """The stream is over.
 
-        :raises StreamTruncated: the model, which says why it ends, has not.
+        :raises StreamTruncated: the model, which says why it ends, has not; or it said nothing.
         """
         reason = self._finish_reason()
         text = self._take_echo() + self._stop.end()
@@ -98,7 +100,7 @@ class Choice:
             return "stop"
         if self._reason is not None:
             return finish_of(self._reason)
-        if self._layout.says_finish:
+        if self._layout.says_finish or not self._responses:
             raise StreamTruncated("the backend's stream ended without a finish reason")
         return "length" if self.tokens >= self._asked.max_tokens else "stop"
 

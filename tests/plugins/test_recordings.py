@@ -15,12 +15,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from forebay.api import Attempt, BackendError, BackendGarbage, Delta, Event, Finished, Relayed
+from forebay.api import (
+    Attempt,
+    BackendError,
+    BackendGarbage,
+    Delta,
+    Event,
+    Finished,
+    Relayed,
+    StreamTruncated,
+)
 from forebay.testing import replay
 
 FOLDER = Path(__file__).parents[1] / "recordings"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
-KINDS = sorted({name.split("-")[0]: name for name in NAMES}.values())
+#: One of each server.
+KINDS = sorted({name.split("-")[0]: name for name in reversed(NAMES)}.values())
+#: Streams with no other end than that of the response, as far as these servers say.
+ENDLESS = {"triton-ensemble", "triton-vllm_model"}
 #: More than any event needs, and far less than a server that has gone mad can send.
 MOST_READ = 8 << 20
 
@@ -100,11 +112,13 @@ every_server = pytest.mark.parametrize("name", KINDS)
 
 
 @every_recording
-async def test_a_cut_at_any_byte_changes_nothing(tape: Tape) -> None:
+async def test_a_cut_at_any_byte_changes_nothing(tape: Tape, name: str, typed: bool) -> None:
     whole = await tape.play()
     assert whole.error is None
     assert whole.relayed or whole.deltas
-    for cut in range(1, len(tape.body)):
+    # The typed lane reads what the relay lane has put together: one of each server will do.
+    step = 1 if name in KINDS or not typed else 7
+    for cut in range(1, len(tape.body), step):
         assert await tape.play(lambda body, cut=cut: (body[:cut], body[cut:])) == whole, cut
 
 
@@ -114,17 +128,26 @@ async def test_byte_by_byte(tape: Tape) -> None:
     assert by_bytes == await tape.play()
 
 
-@every_recording
+@every_server
 @pytest.mark.parametrize("broken", [False, True], ids=["ended", "broken"])
-async def test_what_ends_early_is_no_success(tape: Tape, broken: bool) -> None:
+async def test_what_ends_early_is_no_success(tape: Tape, name: str, broken: bool) -> None:
     """What came is right as far as it goes, and only an answer whose every choice ended is one."""
+    if name == "triton-ensemble" and not broken:  # its model never says why it ends
+        assert isinstance((await tape.play(body=b"")).error, StreamTruncated)
+        return
     whole = await tape.play()
     for length in range(len(tape.body)):
         early = await tape.play(body=tape.body[:length], cut=broken)
-        assert whole.relayed.startswith(early.relayed), length
+        assert whole.relayed.startswith(_without_usage(early.relayed)), length
         assert whole.deltas[: len(early.deltas)] == early.deltas, length
         if early.error is None:
             assert early.finish_reasons == whole.finish_reasons, length
+
+
+def _without_usage(relayed: bytes) -> bytes:
+    """Without the last chunk, which says only what of the usage had come."""
+    events = relayed.split(b"\n\n")[:-1]
+    return b"".join(event + b"\n\n" for event in events if b'"choices":[],' not in event)
 
 
 @every_server
@@ -170,7 +193,9 @@ async def test_an_event_of_half_an_object_is_garbage(tape: Tape) -> None:
 
 
 @every_recording
-async def test_nothing_after_the_end_counts(tape: Tape) -> None:
+async def test_nothing_after_the_end_counts(tape: Tape, name: str) -> None:
+    if name in ENDLESS:
+        return
     whole = await tape.play()
     for more in (b"garbage", tape.body, tape.frames()[1] * 3, b"data: {\n\n"):
         assert await tape.play(body=tape.body + more) == whole

@@ -2,8 +2,9 @@
 
     python tests/recordings/record.py NAME ADAPTER URL '{"messages": ..., ...}' [setting=value...]
 
-writes NAME.json beside this file: the question, and every answer that the adapter read to serve it,
-byte for byte. A body with ``prompt`` is a completion. Keep answers short: each is cut at every byte.
+writes NAME.json beside this file: the question, and every answer that the adapter read to serve
+it, byte for byte. A body with ``prompt`` is a completion. Of the settings, ``server=...`` says for
+people which server this was. Keep answers short: each is cut at every byte.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from forebay.testing.recording import Connect
 from forebay.transport import connect
 
 HERE = Path(__file__).parent
-#: What an answer is asked under; recorded answers are compared whatever their model is called.
+#: The model's name for clients, which is not the server's.
 ENVELOPE = {"model": "asked", "stream": True}
 
 
