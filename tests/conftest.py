@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -167,3 +169,16 @@ async def running_gateway(
         await app.aclose()
         for bound in sockets:
             bound.close()
+
+
+@pytest.fixture(scope="session")
+def otlp() -> Iterator[Any]:
+    """A receiver of traces by OTLP/HTTP and OTLP/gRPC."""
+    path = Path(__file__).with_name("fakes") / "otlp_receiver.py"
+    spec = spec_from_file_location("otlp_receiver", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with module.OtlpReceiver() as receiver:
+        yield receiver

@@ -86,4 +86,4 @@ async def _one(
     """An operation as a stream of one answer, so that all that holds for streams holds for it."""
     result = await adapter.perform(request, attempt)
     yield Answered(result)
-    yield Finished(result.usage)
+    yield Finished(result.usage, model=result.model)

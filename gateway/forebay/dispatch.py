@@ -316,6 +316,7 @@ class Flight:
             error=kind,
             synthesise=not live.backend.settings.exports_traces,
             lane=self._lane,
+            model=finished.model if finished else "",
         )
         self._dispatch.admission.wake()
 
@@ -335,7 +336,11 @@ class Flight:
         else:
             backend.health.inconclusive()
         self._record(live, error.kind)
-        live.trace.end(error=error.kind, lane=self._lane)
+        live.trace.end(
+            error=error.kind,
+            synthesise=not live.backend.settings.exports_traces,
+            lane=self._lane,
+        )
         log.warning(
             "attempt failed",
             request_id=self.request.id,

@@ -45,6 +45,7 @@ class Counts(Struct):
 
 class Head(Struct):
     usage: Counts = msgspec.field(default_factory=Counts)
+    model: str = ""
 
 
 class Block(Struct):
@@ -86,6 +87,7 @@ class MessageReader:
     def __init__(self) -> None:
         self.done = False
         self._begun = False
+        self._model = ""
         self._counts: dict[str, int] = {}
         #: Of each block that is a tool's call: its number among the calls.
         self._calls: dict[int, int] = {}
@@ -108,7 +110,7 @@ class MessageReader:
         if said.type == "error":
             raise _failure(said.error)
         if said.type == "message_start":
-            self._begun = True
+            self._begun, self._model = True, said.message.model
             self._count(said.message.usage)
             yield Started()
         elif not self._begun and said.type != "ping":
@@ -155,7 +157,8 @@ class MessageReader:
         get = self._counts.get
         cached = get("cache_read_input_tokens")
         prompt = get("input_tokens", 0) + (cached or 0) + get("cache_creation_input_tokens", 0)
-        yield Finished(Usage(prompt, get("output_tokens", 0), cached) if self._counts else None)
+        usage = Usage(prompt, get("output_tokens", 0), cached) if self._counts else None
+        yield Finished(usage, model=self._model)
 
 
 def _failure(failure: Failure) -> BackendError:

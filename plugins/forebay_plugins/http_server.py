@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -28,6 +29,8 @@ __all__ = ["HttpServer", "drain"]
 _ERROR_BYTES = 64 << 10
 #: Seconds after an answer's end in which its body should end; else the connection is dropped.
 _TRAILER = 0.25
+#: Bytes of it that are kept.
+_TRAILER_BYTES = 128 << 10
 
 
 class HttpServer(Adapter):
@@ -150,11 +153,16 @@ def _shaped(body: bytes, shape: type[Any], asked: str) -> Any:
         raise BackendGarbage(f"{asked} of the backend: {wrong}") from None
 
 
-async def drain(chunks: AsyncIterator[bytes]) -> None:
-    """Read to the body's end, without which the connection could not be used again."""
-    try:
+async def drain(chunks: AsyncIterator[bytes]) -> bytes:
+    """Read to the body's end, without which the connection could not be used again.
+
+    Returns what was there, if it is not too long.
+    """
+    rest = b""
+    # If it does not end, the answer is complete all the same; closing it drops the connection.
+    with suppress(TimeoutError, StreamTruncated):
         async with asyncio.timeout(_TRAILER):
-            async for _ in chunks:
-                pass
-    except (TimeoutError, StreamTruncated):
-        return  # the answer is complete all the same; closing it drops the connection
+            async for chunk in chunks:
+                if len(rest) + len(chunk) <= _TRAILER_BYTES:
+                    rest += chunk
+    return rest

@@ -154,7 +154,7 @@ class LlamaCppAdapter(OpenAIServer):
             await self._props()
         return self._context_size
 
-    def timings(self, closing: Mapping[str, Any]) -> Timings | None:
+    def timings(self, closing: Mapping[str, Any], headers: Mapping[str, str]) -> Timings | None:
         timings = closing.get("timings")
         if not isinstance(timings, dict):
             return None

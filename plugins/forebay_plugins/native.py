@@ -118,7 +118,7 @@ class NativeAdapter(Adapter):
             async with aclosing(self._engine().generate(command)) as events:
                 async for event in events:
                     started = True
-                    yield _event(event)
+                    yield _event(event, Path(self._settings.path).name)
         except RequestRefused as error:
             raise BackendRefused(error.message, param=_param(error, request)) from error
         except EngineDied as error:
@@ -292,7 +292,7 @@ def _sampling(sampling: Sampling) -> SamplingParams:
     )
 
 
-def _event(event: Accepted | Output | Done) -> Event:
+def _event(event: Accepted | Output | Done, model: str) -> Event:
     match event:
         case Accepted():
             return Started()
@@ -302,6 +302,7 @@ def _event(event: Accepted | Output | Done) -> Event:
             return Finished(
                 Usage(event.prompt_tokens, event.completion_tokens, event.cached_tokens),
                 Timings(event.queue, event.prefill, event.decode, "forebay_engine"),
+                model=model,
             )
 
 

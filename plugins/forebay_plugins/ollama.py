@@ -88,6 +88,7 @@ class Tags(Struct):
 class Vectors(Struct):
     embeddings: list[tuple[float, ...]]
     prompt_eval_count: int = 0
+    model: str = ""
 
 
 class OllamaAdapter(HttpServer):
@@ -178,7 +179,8 @@ class OllamaAdapter(HttpServer):
         answer: Vectors = await self.post_json("/api/embed", body, Vectors, attempt)
         if len(answer.embeddings) != len(request.inputs):
             raise BackendGarbage("the backend gave not one vector for each input")
-        return Embeddings(tuple(answer.embeddings), Usage(answer.prompt_eval_count, 0))
+        usage = Usage(answer.prompt_eval_count, 0)
+        return Embeddings(tuple(answer.embeddings), usage, answer.model)
 
 
 def _cuts_prompts(version: str) -> bool:
@@ -207,7 +209,7 @@ def _finished(line: Line) -> Finished:
         decode=line.eval_duration / 1e9,
         source="ollama.durations",
     )
-    return Finished(usage, timings)
+    return Finished(usage, timings, model=line.model)
 
 
 @hookimpl

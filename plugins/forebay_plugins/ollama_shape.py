@@ -77,6 +77,7 @@ class Line(Struct):
     """One line of an answer; durations in nanoseconds."""
 
     error: str = ""
+    model: str = ""
     message: Said | None = None
     response: str = ""
     thinking: str = ""

@@ -39,6 +39,7 @@ class Vector(Struct):
 class Vectors(Struct):
     data: list[Vector]
     usage: ReportedUsage | None = None
+    model: str | None = None
 
 
 class Rank(Struct):
@@ -49,6 +50,7 @@ class Rank(Struct):
 class Ranks(Struct):
     results: list[Rank]
     usage: ReportedUsage | None = None
+    model: str | None = None
 
 
 class Mark(Struct):
@@ -59,6 +61,7 @@ class Mark(Struct):
 class Marks(Struct):
     data: list[Mark]
     usage: ReportedUsage | None = None
+    model: str | None = None
 
 
 def extras(fields: Mapping[str, Raw], names: Sequence[str]) -> dict[str, object]:
@@ -99,7 +102,7 @@ async def embed(server: OpenAIServer, request: EmbedRequest, attempt: Attempt) -
         raise BackendRefused(
             f"this backend gives vectors of {len(found[0])} dimensions", param="dimensions"
         )
-    return Embeddings(tuple(found[index] for index in range(len(inputs))), _usage(answer.usage))
+    return Embeddings(tuple(found[index] for index in range(len(inputs))), _usage(answer.usage), answer.model or "")
 
 
 async def rerank(server: OpenAIServer, request: RerankRequest, attempt: Attempt) -> Ranking:
@@ -117,7 +120,7 @@ async def rerank(server: OpenAIServer, request: RerankRequest, attempt: Attempt)
     if not all(0 <= rank.index < len(request.documents) for rank in ranked):
         raise BackendGarbage("the backend ranked a document that it was not given")
     best = sorted(ranked, key=lambda rank: -rank.score)
-    return Ranking(tuple(best[: request.top_n]), _usage(answer.usage))
+    return Ranking(tuple(best[: request.top_n]), _usage(answer.usage), answer.model or "")
 
 
 async def score(server: OpenAIServer, request: ScoreRequest, attempt: Attempt) -> Scores:
@@ -131,7 +134,7 @@ async def score(server: OpenAIServer, request: ScoreRequest, attempt: Attempt) -
     answer: Marks = await server.post_json("/score", body, Marks, attempt)
     found = {mark.index: mark.score for mark in answer.data}
     _complete(found, len(request.pairs), "scores")
-    return Scores(tuple(found[index] for index in range(len(found))), _usage(answer.usage))
+    return Scores(tuple(found[index] for index in range(len(found))), _usage(answer.usage), answer.model or "")
 
 
 def _complete(found: Mapping[int, object], expected: int, what: str) -> None:

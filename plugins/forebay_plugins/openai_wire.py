@@ -69,6 +69,8 @@ class OpenAIServer(HttpServer):
     neutral: ClassVar[Mapping[str, object]] = OPENAI_NEUTRAL
     #: See :class:`Scanner`.
     usage_by_choice: ClassVar[bool] = False
+    #: Fields of a choice for which Forebay asked, and not the client.
+    unasked: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     async def probe(self) -> Capabilities: ...
@@ -77,9 +79,15 @@ class OpenAIServer(HttpServer):
         """Fields to set in the request's body, or to remove with None."""
         return {}
 
-    def timings(self, closing: Mapping[str, Any]) -> Timings | None:
-        """The backend's own timings from the top-level fields at the end of an answer."""
+    def timings(self, closing: Mapping[str, Any], headers: Mapping[str, str]) -> Timings | None:
+        """The backend's own timings: from the top-level fields at the end of an answer, or from the
+        headers of its response (lower-case names)."""
         return None
+
+    def trailer(self, rest: bytes) -> Mapping[str, str]:
+        """Headers that could only be sent behind the answer; ``rest`` ends with what followed
+        ``[DONE]``."""
+        return {}
 
     def stream(self, request: GenerateRequest, attempt: Attempt) -> AsyncGenerator[Event, None]:
         relayed = self._relay(request, attempt)
@@ -93,12 +101,13 @@ class OpenAIServer(HttpServer):
         try:
             await self._check(response, "text/event-stream" if streams else "application/json")
             if not streams:
-                body, finished = self._answer(request, await response.read())
+                body, finished = self._answer(request, await response.read(), response.headers)
                 yield Relayed(body)
                 yield finished
                 return
             whole = None if request.stream else WholeAnswer(request)
             scanner, chunks = Scanner(request, self.usage_by_choice), response.chunks()
+            rest = b""
             with suppress(StreamTruncated):  # a cut may be the end: the scanner knows
                 async for chunk in chunks:
                     data = scanner.feed(chunk)
@@ -111,13 +120,15 @@ class OpenAIServer(HttpServer):
             if scanner.failure is not None:
                 raise scanner.failure
             if scanner.done:
-                await drain(chunks)
+                rest = chunk + await drain(chunks)
             tail = scanner.end()
             if whole is not None:
                 yield Relayed(whole.body(scanner.reported, scanner.closing))
             elif tail:
                 yield Relayed(tail)
-            yield Finished(scanner.usage, self.timings(scanner.closing), scanner.finish_reasons)
+            headers = {**response.headers, **self.trailer(rest)}
+            timings = self.timings(scanner.closing, headers)
+            yield Finished(scanner.usage, timings, scanner.finish_reasons, scanner.model)
         finally:
             await response.aclose()
 
@@ -141,7 +152,9 @@ class OpenAIServer(HttpServer):
             _PATHS[request.endpoint], request.openai_body(**changes), attempt, headers
         )
 
-    def _answer(self, request: GenerateRequest, body: bytes) -> tuple[bytes, Finished]:
+    def _answer(
+        self, request: GenerateRequest, body: bytes, headers: Mapping[str, str]
+    ) -> tuple[bytes, Finished]:
         """A whole body as the client is to get it, and what it says."""
         content, answer = decode(body)
         if not answer.choices:
@@ -149,13 +162,17 @@ class OpenAIServer(HttpServer):
         if not all(choice.finish_reason for choice in answer.choices):
             raise BackendGarbage("a choice of the backend's answer has no finish_reason")
         reasons = tuple(finish_of(choice.finish_reason or "") for choice in answer.choices)
+        timings = self.timings(content, headers)
         for choice, reason in zip(content["choices"], reasons, strict=True):
             choice["finish_reason"] = reason
+            for name in self.unasked:
+                choice.pop(name, None)
+        model = str(content.get("model") or "")
         content["model"] = request.model
         content["id"] = content.get("id") or request.id
         content["created"] = content.get("created") or request.created
         usage = answer.usage.usage() if answer.usage else _counted(content["choices"])
-        return msgspec.json.encode(content), Finished(usage, self.timings(content), reasons)
+        return msgspec.json.encode(content), Finished(usage, timings, reasons, model)
 
 
 def _counted(choices: list[dict[str, Any]]) -> Usage:

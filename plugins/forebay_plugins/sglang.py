@@ -6,7 +6,8 @@ by prefix, so that ending `req-1` would end `req-10` as well.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from typing import Any, ClassVar
 
 import msgspec
 from msgspec import Struct
@@ -32,6 +33,7 @@ from forebay.api import (
     RerankRequest,
     Result,
     Text,
+    Timings,
     TokenizeRequest,
     Tokens,
     Unsupported,
@@ -136,6 +138,15 @@ class Rank(Struct):
     score: float
 
 
+class MetaInfo(Struct):
+    """Times of a chat choice: seconds, and Unix seconds. Counted with `--enable-metrics`."""
+
+    queue_time: float
+    forward_entry_time: float
+    prefill_finished_time: float
+    request_finished_ts: float
+
+
 class TextOf(Struct):
     text: str
 
@@ -150,6 +161,7 @@ class SglangAdapter(OpenAIServer):
 
     settings: SglangSettings
     neutral = ENGINE_NEUTRAL
+    unasked: ClassVar[tuple[str, ...]] = ("meta_info",)
     _info: ServerInfo | None = None
     _served = ""
     _context_length = 0
@@ -228,7 +240,25 @@ class SglangAdapter(OpenAIServer):
                 raise refuse(field, "it does not know the field")
         if "priority" in request.extra:
             changes["priority"] = await self._priority(request)
+        if request.endpoint == "chat" and self._times(request):
+            changes["return_meta_info"] = True
         return changes
+
+    def _times(self, request: GenerateRequest) -> bool:
+        """Its times can be had: streams do not tell them. With logprobs they come twice."""
+        whole = not request.stream and request.n == 1 and request.sampling.logprobs is None
+        return whole and self._info is not None and self._info.enable_metrics
+
+    def timings(self, closing: Mapping[str, Any], headers: Mapping[str, str]) -> Timings | None:
+        choices = closing.get("choices") or [{}]
+        try:
+            told = msgspec.convert(choices[0].get("meta_info"), MetaInfo)
+        except msgspec.ValidationError:
+            return None
+        prefilled = told.prefill_finished_time
+        prefill = prefilled - told.forward_entry_time
+        decode = told.request_finished_ts - prefilled
+        return Timings(told.queue_time, prefill, decode, "sglang.meta_info")
 
     def _name(self, model: str) -> str:
         """The server takes any name, but what follows a colon for that of a LoRA adapter."""

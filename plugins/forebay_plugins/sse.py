@@ -56,6 +56,8 @@ class Scanner:
         #: ``[DONE]`` has come: nothing after it counts.
         self.done = False
         self._finishes: dict[int, str] = {}
+        #: The backend's own name of the model that answers.
+        self.model = ""
         #: Top-level fields of the events that end a choice or carry usage, for the timings in them.
         self.closing: dict[str, Any] = {}
 
@@ -213,6 +215,7 @@ class Scanner:
     def _same_envelope(self, chunk: dict[str, Any], data: bytes) -> bool:
         """Give the chunk the id, created and model of the first one; True if that changed it."""
         if not self._constant:
+            self.model = str(chunk.get("model") or "")
             self._constant = {
                 "id": chunk.get("id") or self._request.id,
                 "created": chunk.get("created") or self._request.created,

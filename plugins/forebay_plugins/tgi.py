@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing, suppress
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 from msgspec import Struct
@@ -28,10 +28,10 @@ from forebay.api import (
     HttpBackendSettings,
     Load,
     Operation,
-    Relayed,
     Result,
     Started,
     StreamTruncated,
+    Timings,
     TokenizeRequest,
     Tokens,
     Unsupported,
@@ -171,23 +171,22 @@ class TgiAdapter(OpenAIServer):
             if not request.stream:
                 delta, usage = whole(await response.read(), logprobs, response.headers)
                 yield delta
-                yield Finished(usage, timings_of(response.headers))
+                yield Finished(usage, timings_of(response.headers), model=self._model)
                 return
             native = NativeStream(logprobs)
             with suppress(StreamTruncated):  # a cut may be the end: the last event tells
                 async for chunk in response.chunks():
                     for delta in native.feed(chunk):
                         yield delta
-            yield Finished(native.end())
+            yield Finished(native.end(), model=self._model)
         finally:
             await response.aclose()
 
     async def _chat(
         self, request: GenerateRequest, attempt: Attempt
     ) -> AsyncGenerator[Event, None]:
-        relay = self._relay if request.stream else self._whole_chat
         try:
-            async with aclosing(typed_events(request, relay(request, attempt))) as events:
+            async with aclosing(typed_events(request, self._relay(request, attempt))) as events:
                 async for event in events:
                     yield event
         except BackendFailed as failed:
@@ -195,17 +194,8 @@ class TgiAdapter(OpenAIServer):
             kind = kind_of(failed.message)
             raise failure(failed.message, kind) if kind else failed from None
 
-    async def _whole_chat(
-        self, request: GenerateRequest, attempt: Attempt
-    ) -> AsyncGenerator[Event, None]:
-        response = await self._send(request, attempt, streams=False)
-        try:
-            await self._check(response, "application/json")
-            body, finished = self._answer(request, await response.read())
-            yield Relayed(body)
-            yield msgspec.structs.replace(finished, timings=timings_of(response.headers))
-        finally:
-            await response.aclose()
+    def timings(self, closing: Mapping[str, Any], headers: Mapping[str, str]) -> Timings | None:
+        return timings_of(headers)
 
     async def changes(self, request: GenerateRequest) -> dict[str, object]:
         return chat_fields(request, self._adapter, self._info)
@@ -222,8 +212,16 @@ class TgiAdapter(OpenAIServer):
     def _adapter(self) -> str:
         """The LoRA adapter to use; what is no name of one must not be sent as one."""
         model = self.settings.model
-        own = self._info.model_id if self._info else ""
-        return "" if model in ("tgi", own) else model
+        return "" if model in ("tgi", self._base) else model
+
+    @property
+    def _base(self) -> str:
+        return self._info.model_id if self._info else ""
+
+    @property
+    def _model(self) -> str:
+        """Whose answer it is: native ones do not say."""
+        return self._adapter or self._base
 
 
 def _sampled(headers: Mapping[str, str]) -> Mapping[str, str]:

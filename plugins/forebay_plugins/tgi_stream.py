@@ -192,11 +192,11 @@ def failure(message: str, kind: str) -> BackendError:
 
 
 def timings_of(headers: Mapping[str, str]) -> Timings | None:
-    """Of an answer that did not stream. TGI does not tell prefill from decode: both are here."""
+    """Of an answer that did not stream; others have no such headers."""
     queue, inference = (_number(headers.get(f"x-{name}-time")) for name in ("queue", "inference"))
     if queue is None and inference is None:
         return None
-    return Timings(queue=queue, decode=inference, source="tgi.headers")
+    return Timings(queue=queue, inference=inference, source="tgi.headers")
 
 
 def _number(milliseconds: str | None) -> float | None:

@@ -209,7 +209,7 @@ class TritonAdapter(HttpServer):
                     for delta in choice.end():
                         yield delta
                 tally.add(choice, first=index % request.n == 0)
-        yield Finished(tally.usage())
+        yield Finished(tally.usage(), tally.timings(), model=self.settings.model)
 
     def _asked(self, request: GenerateRequest, index: int) -> Asked:
         """
@@ -248,7 +248,8 @@ class TritonAdapter(HttpServer):
                 if name in ("content-encoding", "inference-header-content-length")
             }
             content_type = response.headers.get("content-type", "application/json")
-            return Inference(await response.read(), content_type, headers)
+            body = await response.read()
+            return Inference(body, content_type, headers, model=self.settings.model)
 
     async def _embed(self, request: EmbedRequest, attempt: Attempt) -> Embeddings:
         self._model = self._model or await self._read_model()
@@ -266,7 +267,7 @@ class TritonAdapter(HttpServer):
             body = kserve.question(*tensors, batch)
             async with self._open("infer", body, attempt) as response:
                 found += kserve.vectors(await response.read(), len(batch))
-        return Embeddings(tuple(found))
+        return Embeddings(tuple(found), model=self.settings.model)
 
     @asynccontextmanager
     async def _open(

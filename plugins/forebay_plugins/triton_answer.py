@@ -10,6 +10,7 @@ from forebay.api import (
     FinishReason,
     GenerateRequest,
     StreamTruncated,
+    Timings,
     TokenLogprob,
     Usage,
 )
@@ -42,6 +43,7 @@ class Choice:
         #: The model's own word for its end.
         self._reason: str | None = None
         self.input_tokens: int | None = None
+        self.timings: Timings | None = None
         #: Responses that had text, and what they said of their tokens.
         self._pieces = 0
         self._responses = 0
@@ -80,6 +82,7 @@ class Choice:
         if piece.output_tokens is not None:
             self._counts.append(piece.output_tokens)
         self._reason = piece.finish_reason or self._reason
+        self.timings = piece.timings or self.timings
         logprobs = self._new(piece.logprobs, text)
         shown = self._take_echo() + self._stop.feed(text)
         if shown or (logprobs and not self._stop.found):
@@ -130,12 +133,18 @@ class Tally:
         self._prompt = 0
         self._completion = 0
         self._reported = True
+        self._timings: list[Timings | None] = []
 
     def add(self, choice: Choice, first: bool) -> None:
         self._completion += choice.tokens
         self._reported &= choice.reported_tokens is not None and choice.input_tokens is not None
+        self._timings.append(choice.timings)
         if first:
             self._prompt += choice.input_tokens or 0
+
+    def timings(self) -> Timings | None:
+        """Of a single choice: several have no queue and prefill in common."""
+        return self._timings[0] if len(self._timings) == 1 else None
 
     def usage(self) -> Usage:
         return Usage(

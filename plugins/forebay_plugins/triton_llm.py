@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import msgspec
 from msgspec import Raw, Struct
 
-from forebay.api import BackendGarbage, BackendRefused, GenerateRequest
+from forebay.api import BackendGarbage, BackendRefused, GenerateRequest, Timings
 from forebay_plugins.kserve import Model
 
 __all__ = ["Asked", "Ensemble", "Layout", "Piece", "VllmBackend"]
@@ -39,6 +40,8 @@ class Piece(Struct, frozen=True):
     input_tokens: int | None = None
     output_tokens: int | None = None
     logprobs: tuple[float, ...] = ()
+    #: Only in the last response, if at all.
+    timings: Timings | None = None
 
 
 class Layout(ABC):
@@ -80,6 +83,7 @@ class Layout(ABC):
             "return_finish_reason": True,
             "return_num_input_tokens": True,
             "return_num_output_tokens": True,
+            "return_perf_metrics": True,
         }
         body |= {name: on for name, on in switches.items() if name in self.model.inputs}
         return msgspec.json.encode(body)
@@ -104,6 +108,7 @@ class Layout(ABC):
             input_tokens=_count(response.get("num_input_tokens")),
             output_tokens=_count(response.get("num_output_tokens")),
             logprobs=_numbers(response.get("output_log_probs")),
+            timings=_timings(response),
         )
 
     def _check(self, request: GenerateRequest) -> None:
@@ -292,6 +297,16 @@ class VllmBackend(Layout):
 
 def _count(value: object) -> int | None:
     return value if isinstance(value, int) else None
+
+
+def _timings(response: Mapping[str, Any]) -> Timings | None:
+    """TensorRT-LLM's four moments, in nanoseconds by a clock of its own; 0: not there yet."""
+    names = ("arrival", "first_scheduled", "first_token", "last_token")
+    times = [_count(response.get(f"{name}_time_ns")) or 0 for name in names]
+    if not times[0] or times != sorted(times):
+        return None
+    queue, prefill, decode = ((b - a) / 1e9 for a, b in pairwise(times))
+    return Timings(queue, prefill, decode, "trtllm.perf_metrics")
 
 
 def _numbers(value: object) -> tuple[float, ...]:

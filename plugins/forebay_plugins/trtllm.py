@@ -7,7 +7,10 @@ no authentication and no answer when full: requests queue in the engine.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import msgspec
@@ -25,6 +28,7 @@ from forebay.api import (
     Load,
     Operation,
     Result,
+    Timings,
     hookimpl,
 )
 from forebay_plugins.openai_operations import embed
@@ -108,6 +112,9 @@ _HARMLESS = frozenset(
     }
 )
 _NOTHING = frozenset({b"null", b"{}", b"[]"})
+#: Before the headers of timings, which a stream carries as an event behind `[DONE]`.
+_METRICS = b"event: trtllm.perf_metrics\ndata: "
+_DURATION = re.compile(r"server_(queue|ttft|e2e);dur=(\d+(?:\.\d+)?)")
 
 
 class TrtLlmSettings(HttpBackendSettings, kw_only=True, frozen=True):
@@ -167,6 +174,11 @@ class TrtLlmAdapter(OpenAIServer):
     _iterates = False
     _counts_up = False
 
+    @cached_property
+    def _headers(self) -> Mapping[str, str]:
+        # Heeded if the server was started with `return_perf_metrics`, by those of 2026.
+        return {**super()._headers, "x-trtllm-return-metrics": "1"}
+
     async def probe(self) -> Capabilities:
         await self.get("/health")
         cards: list[Card] = (await self.get_json("/v1/models", ModelList)).data
@@ -208,6 +220,21 @@ class TrtLlmAdapter(OpenAIServer):
         if request.needs_tools:
             changes["tool_choice"] = _tool_choice(request)
         return changes
+
+    def trailer(self, rest: bytes) -> Mapping[str, str]:
+        _, _, event = rest.rpartition(_METRICS)
+        with suppress(msgspec.DecodeError, UnicodeDecodeError):
+            fields = msgspec.json.decode(event.partition(b"\n")[0], type=dict[str, str])
+            return {name.lower(): value for name, value in fields.items()}
+        return {}
+
+    def timings(self, closing: Mapping[str, Any], headers: Mapping[str, str]) -> Timings | None:
+        """From `Server-Timing`: milliseconds since the engine got the request."""
+        found = dict(_DURATION.findall(headers.get("server-timing", "")))
+        if found.keys() != {"queue", "ttft", "e2e"}:
+            return None
+        queue, ttft, e2e = (float(found[name]) / 1000 for name in ("queue", "ttft", "e2e"))
+        return Timings(queue, ttft - queue, e2e - ttft, "trtllm.server_timing")
 
     async def perform(self, request: Operation, attempt: Attempt) -> Result:
         if not isinstance(request, EmbedRequest):

@@ -130,7 +130,7 @@ class VllmAdapter(OpenAIServer):
     def cache_events(self) -> AsyncGenerator[CacheBatch, None] | None:
         return None if self._events is None else self._events.batches()
 
-    def timings(self, closing: Mapping[str, Any]) -> Timings | None:
+    def timings(self, closing: Mapping[str, Any], headers: Mapping[str, str]) -> Timings | None:
         """Only there with `--enable-per-request-metrics`, and for a single choice."""
         metrics = closing.get("metrics")
         if not isinstance(metrics, dict):

@@ -99,7 +99,11 @@ class Vllm:
             "choices": [{"index": index, **said, **tail} for index in range(self.n)],
             "service_tier": None,
             "usage": {**USAGE, "prompt_tokens_details": {"cached_tokens": 4}},
-            "metrics": {"time_to_first_token_ms": 100.0, "generation_time_ms": 300.0},
+            "metrics": {
+                "time_to_first_token_ms": 100.0,
+                "generation_time_ms": 300.0,
+                "queue_time_ms": 20.0,
+            },
         }
 
     @staticmethod

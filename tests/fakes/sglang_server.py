@@ -24,6 +24,16 @@ USAGE = {
     "prompt_tokens_details": {"cached_tokens": 4},
     "reasoning_tokens": 0,
 }
+#: What concerns times, with `--enable-metrics`.
+META_INFO = {
+    "id": RID,
+    "prompt_tokens": 11,
+    "e2e_latency": 0.006,
+    "queue_time": 0.001,
+    "forward_entry_time": 1795370187.25,
+    "prefill_finished_time": 1795370187.252,
+    "request_finished_ts": 1795370187.255,
+}
 SERVER_INFO = {
     "model_path": "google/gemma-3-270m",
     "served_model_name": "google/gemma-3-270m",
@@ -62,6 +72,7 @@ class Sglang:
         self.chat = "messages" in asked
         self.model = asked["model"]
         self.n = asked.get("n", 1)
+        self.times_asked = asked.get("return_meta_info", False)
         self.usage_asked = (asked.get("stream_options") or {}).get("include_usage", False)
 
     def chunk(self, choices: list[Any], usage: object = None) -> bytes:
@@ -103,7 +114,9 @@ class Sglang:
     def whole(self) -> dict[str, Any]:
         message = {"role": "assistant", "content": TEXT, "reasoning_content": None}
         said = {"message": {**message, "tool_calls": None}} if self.chat else {"text": TEXT}
-        tail = {"logprobs": None, "finish_reason": "length", "matched_stop": None}
+        tail: dict[str, Any] = {"logprobs": None, "finish_reason": "length", "matched_stop": None}
+        if self.times_asked:
+            tail["meta_info"] = META_INFO
         return {
             "id": RID,
             "object": "chat.completion" if self.chat else "text_completion",

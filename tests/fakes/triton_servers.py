@@ -54,12 +54,20 @@ ENSEMBLE = {
         return_log_probs="BOOL",
         return_num_input_tokens="BOOL",
         return_num_output_tokens="BOOL",
+        return_perf_metrics="BOOL",
         guided_decoding_guide="BYTES",
         guided_decoding_guide_type="BYTES",
         beam_width="INT32",
         stream="BOOL",
     ),
-    "outputs": tensors(text_output="BYTES", output_log_probs="FP32"),
+    "outputs": tensors(
+        text_output="BYTES",
+        output_log_probs="FP32",
+        arrival_time_ns="INT64",
+        first_scheduled_time_ns="INT64",
+        first_token_time_ns="INT64",
+        last_token_time_ns="INT64",
+    ),
 }
 VLLM = {
     "name": "vllm_model",
@@ -78,6 +86,15 @@ VLLM = {
     "outputs": tensors(False, text_output="BYTES", finish_reason="BYTES"),
 }
 MODELS = {"ensemble": ENSEMBLE, "vllm_model": VLLM}
+
+
+#: Of the engine's clock; 0 before the last response.
+TIMES = {
+    "arrival_time_ns": 8_000_000_000_000,
+    "first_scheduled_time_ns": 8_000_001_000_000,
+    "first_token_time_ns": 8_000_003_000_000,
+    "last_token_time_ns": 8_000_006_000_000,
+}
 
 
 def event(content: object) -> bytes:
@@ -102,6 +119,8 @@ class Said:
             content |= {"finish_reason": reason or "None", "num_output_tokens": int(bool(text))}
         elif self.asked["return_num_output_tokens"]:
             content["num_output_tokens"] = self.count
+        if self.asked.get("return_perf_metrics"):
+            content |= TIMES if reason else dict.fromkeys(TIMES, 0)
         return event({**content, "num_input_tokens": 11, "text_output": text})
 
 

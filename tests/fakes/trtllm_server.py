@@ -17,6 +17,11 @@ GAUGES = b"""trtllm_num_requests_running{model_name="m"} 3.0
 trtllm_num_requests_waiting{model_name="m"} 2.0
 trtllm_kv_cache_utilization{model_name="m"} 0.5
 """
+#: With `return_perf_metrics`, to those that ask for them: headers, or an event behind `[DONE]`.
+METRICS = {
+    "Server-Timing": "server_queue;dur=1.250000, server_ttft;dur=3.500000, server_e2e;dur=6.000000",
+    "X-TRTLLM-Start-End-Time": "server-start;ts=12345.123456000, server-end;ts=12345.129456000",
+}
 ITERATIONS = [
     {"iter": 1, "numActiveRequests": 1, "numQueuedRequests": 0},
     {
@@ -107,9 +112,13 @@ async def serve(exchange: Exchange, scenario: Scenario = Scenario.HEALTHY) -> No
     elif scenario is Scenario.GARBAGE:
         exchange.answer(200, b"<html>It works!</html>", {"content-type": "text/html"})
     elif not said.asked.get("stream"):
-        exchange.answer(200, said.whole())
+        exchange.answer(200, said.whole(), METRICS if wants_metrics(exchange) else {})
     else:
         await stream(exchange, scenario, said)
+
+
+def wants_metrics(exchange: Exchange) -> bool:
+    return exchange.headers.get("x-trtllm-return-metrics") == "1"
 
 
 async def stream(exchange: Exchange, scenario: Scenario, said: Said) -> None:
@@ -126,6 +135,9 @@ async def stream(exchange: Exchange, scenario: Scenario, said: Said) -> None:
             said.chunk([], usage={**USAGE, "prompt_tokens_details": {"cached_tokens": 4}})
         )
         exchange.send(b"data: [DONE]\n\n")
+        if wants_metrics(exchange):
+            event = b"event: trtllm.perf_metrics\ndata: " + json.dumps(METRICS).encode()
+            exchange.send(event + b"\n\n")
     while scenario is Scenario.ENDLESS:
         exchange.send(said.piece(" on"))
         await asyncio.sleep(0.005)

@@ -154,7 +154,12 @@ async def test_a_client_that_leaves_leaves_a_trace(serve_gateway: Any, collector
         while not [entry for entry in written if entry["event"] == "request done"]:
             await asyncio.sleep(0.01)
     spans = await collector.spans_of(gateway.app.aclose)
-    assert len(spans) == 3
+    assert len(spans) == 5
+    attempt = collector.by_name(spans, "chat m")
+    for name in ("queue+prefill", "decode"):  # nothing was reported: as seen from here
+        phase = collector.by_name(spans, name)
+        assert phase.parent_span_id == attempt.span_id
+        assert collector.attributes(phase)["forebay.timing_source"] == "gateway"
     for span in (collector.by_name(spans, SERVER), collector.by_name(spans, "chat m")):
         assert collector.attributes(span)["error.type"] == "client_disconnected"
         assert span.status.code == Status.STATUS_CODE_UNSET

@@ -140,7 +140,7 @@ async def test_a_body_is_completed_and_renamed() -> None:
         "created": request.created,
         "extra": {"y": 2},
     }
-    assert finished == Finished(Usage(0, 1, source="counted"), None, ("stop",))
+    assert finished == Finished(Usage(0, 1, source="counted"), None, ("stop",), "theirs")
 
 
 GARBAGE: dict[str, tuple[int, object, Mapping[str, str]]] = {
@@ -275,7 +275,7 @@ async def test_vllm_probe_load_and_timings(fakes: ModuleType) -> None:
         assert await bench.adapter.load() == Load(running=0, waiting=0, kv_usage=0.0)
         *_, finished = await collect(bench.adapter, chat_request())
     assert finished == Finished(
-        Usage(11, 5, 4), Timings(0.02, 0.1, 0.3, "vllm.metrics"), ("length",)
+        Usage(11, 5, 4), Timings(0.02, 0.1, 0.3, "vllm.metrics"), ("length",), "model"
     )
 
 
@@ -315,7 +315,7 @@ async def test_llamacpp_probe_load_and_timings(fakes: ModuleType) -> None:
         assert await bench.adapter.load() == Load(running=0, waiting=0)
         *_, finished = await collect(bench.adapter, chat_request(stream=False))
     timings = Timings(prefill=0.6244, decode=0.4635, source="llamacpp.timings")
-    assert finished == Finished(Usage(11, 5, 4), timings, ("length",))
+    assert finished == Finished(Usage(11, 5, 4), timings, ("length",), "gemma-3-270m")
 
 
 async def test_llamacpp_without_metrics_has_no_load(fakes: ModuleType) -> None:

@@ -97,7 +97,7 @@ async def test_null_roles_are_taken_out_of_the_stream(fake: ModuleType) -> None:
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert [delta.get("role", "none") for delta in deltas] == ["assistant"] + ["none"] * 6
     assert "".join(delta["content"] or "" for delta in deltas) == fake.TEXT
-    assert events[-1] == Finished(Usage(11, 5, cached_tokens=4), None, ("length",))
+    assert events[-1] == Finished(Usage(11, 5, cached_tokens=4), None, ("length",), "model")
 
 
 async def test_the_typed_lane(fake: ModuleType) -> None:

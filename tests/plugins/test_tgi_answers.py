@@ -53,7 +53,7 @@ async def test_a_native_answer_tells_its_times(fake: ModuleType) -> None:
         events = await collect(adapter, fake.request_of(False))
     assert text_of(events) == fake.TEXT
     assert events[-1] == Finished(
-        Usage(11, 5), Timings(queue=0.02, decode=0.429, source="tgi.headers")
+        Usage(11, 5), Timings(queue=0.02, inference=0.429, source="tgi.headers")
     )
 
 
@@ -178,7 +178,7 @@ async def test_a_chat_answer_tells_its_times(fake: ModuleType) -> None:
         events = await collect(adapter, fake.request_of(True))
     assert text_of(events) == fake.TEXT
     assert isinstance(events[-1], Finished)
-    assert events[-1].timings == Timings(queue=0.02, decode=0.429, source="tgi.headers")
+    assert events[-1].timings == Timings(queue=0.02, inference=0.429, source="tgi.headers")
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}

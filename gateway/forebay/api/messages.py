@@ -180,6 +180,8 @@ class Timings(Struct, frozen=True):
     decode: float | None = None
     #: Where the figures come from, e.g. ``llamacpp.timings``.
     source: str = ""
+    #: Prefill and decode together, of a backend that does not tell them apart.
+    inference: float | None = None
 
 
 class TokenLogprob(Struct, frozen=True):
@@ -232,6 +234,8 @@ class Finished(Struct, frozen=True):
     timings: Timings | None = None
     #: Of each choice in order; needed on the pass-through lane only.
     finish_reasons: tuple[str, ...] = ()
+    #: The model that answered, by the backend's own name for it; empty: it did not say.
+    model: str = ""
 
 
 Event = Started | Delta | Relayed | Finished

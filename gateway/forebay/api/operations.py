@@ -125,6 +125,8 @@ class Embeddings(Struct, frozen=True):
 
     vectors: tuple[tuple[float, ...], ...]
     usage: Usage | None = None
+    #: As in :class:`forebay.api.Finished`.
+    model: str = ""
 
 
 class Ranked(Struct, frozen=True):
@@ -138,6 +140,8 @@ class Ranking(Struct, frozen=True):
 
     results: tuple[Ranked, ...]
     usage: Usage | None = None
+    #: As in :class:`forebay.api.Finished`.
+    model: str = ""
 
 
 class Scores(Struct, frozen=True):
@@ -145,6 +149,8 @@ class Scores(Struct, frozen=True):
 
     values: tuple[float, ...]
     usage: Usage | None = None
+    #: As in :class:`forebay.api.Finished`.
+    model: str = ""
 
 
 class Tokens(Struct, frozen=True):
@@ -154,11 +160,13 @@ class Tokens(Struct, frozen=True):
     #: The model's context; 0: not known.
     max_model_len: int = 0
     usage: Literal[None] = None
+    model: str = ""
 
 
 class Text(Struct, frozen=True):
     text: str
     usage: Literal[None] = None
+    model: str = ""
 
 
 class Inference(Struct, frozen=True):
@@ -168,6 +176,7 @@ class Inference(Struct, frozen=True):
     content_type: str = "application/json"
     headers: Mapping[str, str] = {}
     usage: Literal[None] = None
+    model: str = ""
 
 
 Request = GenerateRequest | Operation

@@ -18,6 +18,8 @@ Attributes = dict[str, AttributeValue]
 
 ROUTE_SPAN = "route"
 QUEUE_SPAN, PREFILL_SPAN, DECODE_SPAN = "queue", "prefill", "decode"
+#: Where the two are not told apart.
+QUEUE_PREFILL_SPAN, INFERENCE_SPAN = "queue+prefill", "inference"
 
 ERROR_TYPE = "error.type"
 RESEND_COUNT = "http.request.resend_count"
@@ -27,8 +29,11 @@ USAGE_SOURCE = "forebay.usage_source"
 LANE = "forebay.lane"
 TIME_TO_FIRST_CHUNK = "gen_ai.response.time_to_first_chunk"
 FINISH_REASONS = "gen_ai.response.finish_reasons"
+RESPONSE_MODEL = "gen_ai.response.model"
 RESPONSE_STATUS = "http.response.status_code"
 
+#: `forebay.timing_source` of phases that the backend did not report.
+GATEWAY = "gateway"
 #: `error.type` of a client that left; nobody's fault, so the span's status stays unset.
 CLIENT_DISCONNECTED = "client_disconnected"
 
@@ -155,11 +160,15 @@ def backend(name: str, provider: str, address: str) -> Mapping[str, AttributeVal
 
 
 def usage(figures: Usage) -> Attributes:
-    """Token counts; input tokens include those read from the cache."""
-    attributes: Attributes = {
-        "gen_ai.usage.input_tokens": figures.prompt_tokens,
-        "gen_ai.usage.output_tokens": figures.completion_tokens,
-    }
+    """Token counts; input tokens include those read from the cache.
+
+    A prompt that nobody counted is left out.
+    """
+    attributes: Attributes = {"gen_ai.usage.output_tokens": figures.completion_tokens}
+    if figures.source == "reported" or figures.prompt_tokens:
+        attributes["gen_ai.usage.input_tokens"] = figures.prompt_tokens
+    if figures.source != "reported":
+        attributes["forebay.usage_source"] = figures.source
     if figures.cached_tokens is not None:
         attributes["gen_ai.usage.cache_read.input_tokens"] = figures.cached_tokens
     if figures.source == "counted":

@@ -4,8 +4,8 @@
     ├── INTERNAL  route                      the decision
     ├── CLIENT    chat gemma-3-270m          an attempt that failed (error.type)
     └── CLIENT    chat gemma-3-270m          the next one (http.request.resend_count = 1)
-        ├── INTERNAL  queue                  from the backend's own timings,
-        ├── INTERNAL  prefill                forebay.synthetic = true
+        ├── INTERNAL  queue                  from the backend's own timings, or as seen from
+        ├── INTERNAL  prefill                here; forebay.synthetic = true
         └── INTERNAL  decode
 
 Spans are kept in these objects and never made «current»: an async generator that is closed early
@@ -30,7 +30,7 @@ from opentelemetry.util.types import AttributeValue
 from forebay.api import Decision, Request, Timings, Usage
 from forebay.config import Tracing as Settings
 from forebay.telemetry import names
-from forebay.telemetry.phases import lay_out
+from forebay.telemetry.phases import lay_out, observed
 from forebay.telemetry.propagation import Incoming, outgoing
 
 Backends = dict[tuple[str, str, str], Mapping[str, AttributeValue]]
@@ -57,10 +57,12 @@ class AttemptTrace:
         error: str | None = None,
         synthesise: bool = True,
         lane: str = "",
+        model: str = "",
     ) -> None:
         """The attempt is over; ``error`` is the kind of what ended it.
 
         ``synthesise``: false for backends that export spans of their own, which would show twice.
+        ``model``: the one that answered, by the backend's name for it.
         """
 
 
@@ -88,10 +90,11 @@ class RequestTrace:
 
 
 class _RecordedAttempt(AttemptTrace):
-    __slots__ = ("_first", "_span", "_start", "_tracer")
+    __slots__ = ("_first", "_span", "_start", "_streams", "_tracer")
 
-    def __init__(self, tracer: Tracer, span: Span, start: int) -> None:
+    def __init__(self, tracer: Tracer, span: Span, start: int, streams: bool) -> None:
         super().__init__(outgoing(span.get_span_context()))
+        self._streams = streams
         self._tracer = tracer
         self._span = span
         self._start = start
@@ -110,6 +113,7 @@ class _RecordedAttempt(AttemptTrace):
         error: str | None = None,
         synthesise: bool = True,
         lane: str = "",
+        model: str = "",
     ) -> None:
         if not self._span.is_recording():
             return
@@ -117,20 +121,25 @@ class _RecordedAttempt(AttemptTrace):
         attributes = names.usage(usage) if usage is not None else {}
         if finish_reasons:
             attributes[names.FINISH_REASONS] = finish_reasons
-        if self._first is not None:
+        if model:
+            attributes[names.RESPONSE_MODEL] = model[: names.LONGEST_NAME]
+        if self._first is not None and self._streams:
             attributes[names.TIME_TO_FIRST_CHUNK] = (self._first - self._start) / 1e9
         if lane:
             attributes[names.LANE] = lane
         _fail(self._span, attributes, error, at_fault=True)
-        if timings is not None and synthesise:
-            self._synthesise(timings, end)
+        if synthesise:
+            self._synthesise(timings or Timings(), end)
         self._span.set_attributes(attributes)
         self._span.end(end)
 
     def _synthesise(self, timings: Timings, end: int) -> None:
-        attributes: names.Attributes = {names.SYNTHETIC: True, names.TIMING_SOURCE: timings.source}
+        phases, source = lay_out(timings, self._start, self._first, end), timings.source
+        if not phases and self._streams and self._first is not None:
+            phases, source = observed(self._start, self._first, end), names.GATEWAY
+        attributes: names.Attributes = {names.SYNTHETIC: True, names.TIMING_SOURCE: source}
         context = set_span_in_context(self._span, Context())
-        for name, begin, until in lay_out(timings, self._start, self._first, end):
+        for name, begin, until in phases:
             self._tracer.start_span(
                 name, context, SpanKind.INTERNAL, attributes, start_time=begin
             ).end(until)
@@ -175,7 +184,7 @@ class _RecordedRequest(RequestTrace):
         span = self._tracer.start_span(
             name, self._context, SpanKind.CLIENT, attributes, start_time=start
         )
-        return _RecordedAttempt(self._tracer, span, start)
+        return _RecordedAttempt(self._tracer, span, start, request.stream)
 
     def end(self, status: int, decision: Decision | None, error: str | None) -> None:
         if not self._span.is_recording():
