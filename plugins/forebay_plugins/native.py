@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Literal
@@ -86,7 +86,7 @@ class NativeSettings(BackendSettings, kw_only=True, frozen=True):
     threads: int = 0
     """Compute threads; 0: the engine measures and chooses."""
     exports_traces: bool = True
-    """The engine exports spans of its own, so none are synthesised from its timings."""
+    """The engine exports spans of its own; false: none, they are synthesised from its timings."""
 
 
 class NativeAdapter(Adapter):
@@ -107,7 +107,7 @@ class NativeAdapter(Adapter):
         """:raises ConfigError: there is no such model folder."""
         if self._client is None:
             self._client = EngineClient(
-                self._config(), environment=self._context.environment, command=self._command
+                self._config(), environment=self._environment(), command=self._command
             )
             await self._client.start()
 
@@ -191,6 +191,12 @@ class NativeAdapter(Adapter):
             raise _unavailable(error) from error
         except EngineError as error:
             raise ConnectFailed(error.message) from error
+
+    def _environment(self) -> Mapping[str, str]:
+        given = self._context.environment
+        if self._settings.exports_traces:
+            return given
+        return {name: value for name, value in given.items() if not name.startswith("OTEL_")}
 
     def _engine(self) -> EngineClient:
         if self._client is None:

@@ -102,7 +102,11 @@ async def embed(server: OpenAIServer, request: EmbedRequest, attempt: Attempt) -
         raise BackendRefused(
             f"this backend gives vectors of {len(found[0])} dimensions", param="dimensions"
         )
-    return Embeddings(tuple(found[index] for index in range(len(inputs))), _usage(answer.usage), answer.model or "")
+    return Embeddings(
+        tuple(found[index] for index in range(len(inputs))),
+        _usage(answer.usage),
+        answer.model or "",
+    )
 
 
 async def rerank(server: OpenAIServer, request: RerankRequest, attempt: Attempt) -> Ranking:
@@ -134,7 +138,9 @@ async def score(server: OpenAIServer, request: ScoreRequest, attempt: Attempt) -
     answer: Marks = await server.post_json("/score", body, Marks, attempt)
     found = {mark.index: mark.score for mark in answer.data}
     _complete(found, len(request.pairs), "scores")
-    return Scores(tuple(found[index] for index in range(len(found))), _usage(answer.usage), answer.model or "")
+    return Scores(
+        tuple(found[index] for index in range(len(found))), _usage(answer.usage), answer.model or ""
+    )
 
 
 def _complete(found: Mapping[int, object], expected: int, what: str) -> None:

@@ -119,7 +119,7 @@ class _Servicer(TraceServiceServicer):
     def __init__(self, add: Callable[[ExportTraceServiceRequest], None]) -> None:
         self._add = add
 
-    def Export(  # noqa: N802 - the protocol's name
+    def Export(
         self, request: ExportTraceServiceRequest, context: object
     ) -> ExportTraceServiceResponse:
         self._add(request)
@@ -142,7 +142,7 @@ def _handler(add: Callable[[ExportTraceServiceRequest], None]) -> type[BaseHTTPR
             self.send_header("content-length", "0")
             self.end_headers()
 
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name there
+        def log_message(self, format: str, *args: object) -> None:
             """Silent."""
 
     return Handler

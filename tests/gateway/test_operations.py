@@ -82,7 +82,7 @@ class Worker(Adapter):
 async def default_work(request: Operation) -> Result:
     match request:
         case EmbedRequest():
-            return Embeddings((EXACT,) * len(request.inputs), Usage(7, 0))
+            return Embeddings((EXACT,) * len(request.inputs), Usage(7, 0), model="embedder")
         case RerankRequest():
             ranks = [Ranked(i, 1 / (i + 1)) for i in range(len(request.documents))]
             return Ranking(tuple(ranks), Usage(9, 0))
@@ -502,6 +502,8 @@ async def test_traces_and_metrics_name_the_operation(serve, workers, collector) 
     assert attempt["gen_ai.operation.name"] == "embeddings"
     assert attempt["gen_ai.embeddings.dimension.count"] == 3
     assert attempt["gen_ai.usage.input_tokens"] == 7
+    assert attempt["gen_ai.response.model"] == "embedder"
+    assert "gen_ai.response.time_to_first_chunk" not in attempt  # nothing is streamed
     assert "gen_ai.request.stream" not in attempt
     assert collector.attributes(collector.by_name(spans, "infer m"))["forebay.backend"] == "a"
     server = collector.by_name(spans, "POST /v2/models/{model}/versions/{version}/infer")

@@ -29,7 +29,7 @@ from forebay.api import (
 )
 from forebay.config import Tracing as Settings
 from forebay.telemetry import export, names
-from forebay.telemetry.phases import lay_out
+from forebay.telemetry.phases import lay_out, observed
 from forebay.telemetry.tracing import AttemptTrace, RequestTrace, Tracing
 
 ROUTE = "/v1/chat/completions"
@@ -458,6 +458,7 @@ SECONDS = st.none() | st.floats(allow_nan=True, allow_infinity=True)
     queue=SECONDS,
     prefill=SECONDS,
     decode=SECONDS,
+    inference=SECONDS,
     length=st.integers(0, 10**12),
     first=st.none() | st.floats(0, 1),
 )
@@ -465,14 +466,16 @@ def test_phases_lie_in_order_within_the_attempt_whatever_a_backend_reports(
     queue: float | None,
     prefill: float | None,
     decode: float | None,
+    inference: float | None,
     length: int,
     first: float | None,
 ) -> None:
     start = 1_700_000_000 * 10**9
     end = start + length
     token = None if first is None else start + int(first * length)
-    phases = lay_out(Timings(queue=queue, prefill=prefill, decode=decode), start, token, end)
-    reported = {"queue": queue, "prefill": prefill, "decode": decode}
+    timings = Timings(queue=queue, prefill=prefill, decode=decode, inference=inference)
+    phases = lay_out(timings, start, token, end)
+    reported = {"queue": queue, "prefill": prefill, "inference": inference, "decode": decode}
     assert [name for name, _, _ in phases] == [k for k, v in reported.items() if v is not None]
     edges = [edge for _, begin, until in phases for edge in (begin, until)]
     assert edges == sorted(edges)
@@ -495,6 +498,26 @@ def test_without_a_first_token_decode_ends_with_the_attempt() -> None:
         ("prefill", 5 * second, 7 * second),
         ("decode", 7 * second, 10 * second),
     ]
+
+
+def test_inference_ends_with_the_attempt_and_not_at_the_first_token() -> None:
+    second = 10**9
+    for token in (None, 9 * second):
+        assert lay_out(Timings(queue=1.0, inference=5.0), 0, token, 10 * second) == [
+            ("queue", 4 * second, 5 * second),
+            ("inference", 5 * second, 10 * second),
+        ]
+
+
+@given(st.lists(st.integers(0, 10**12), min_size=3, max_size=3))
+def test_what_is_seen_from_here_lies_within_the_attempt_whatever_the_clock_does(
+    moments: list[int],
+) -> None:
+    start, token, end = moments
+    end = max(start, end)  # the attempt sees to that
+    wait, rest = observed(start, token, end)
+    assert (wait[0], wait[1], rest[0], rest[2]) == ("queue+prefill", start, "decode", end)
+    assert start <= wait[2] == rest[1] <= end
 
 
 def test_phases_longer_than_the_attempt_are_cut_at_its_end() -> None:

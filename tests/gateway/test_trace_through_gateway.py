@@ -20,6 +20,7 @@ from forebay.api import (
     Finished,
     GenerateRequest,
     Started,
+    StreamTruncated,
     Timings,
     Usage,
 )
@@ -163,6 +164,51 @@ async def test_a_client_that_leaves_leaves_a_trace(serve_gateway: Any, collector
     for span in (collector.by_name(spans, SERVER), collector.by_name(spans, "chat m")):
         assert collector.attributes(span)["error.type"] == "client_disconnected"
         assert span.status.code == Status.STATUS_CODE_UNSET
+
+
+async def breaks_off(request: GenerateRequest, attempt: Attempt) -> AsyncIterator[Event]:
+    yield Started()
+    yield Delta(0, "on ")
+    raise StreamTruncated("it broke off")
+
+
+@pytest.mark.parametrize("exports", [False, True])
+async def test_a_stream_that_breaks_off_shows_how_far_it_came(
+    serve_gateway: Any, collector: Any, exports: bool
+) -> None:
+    backends = {"a": BackendSettings(adapter="scripted", exports_traces=exports)}
+    tracing = Settings(otlp_endpoint=collector.endpoint)
+    models = {"m": Model(backends=["a"])}
+    gateway = await serve_gateway(Config(backends=backends, models=models, tracing=tracing))
+    gateway.scripted["a"].script = breaks_off
+    async with gateway.client() as client:
+        assert "stream_truncated" in (await client.post("/v1/chat/completions", json=CHAT)).text
+    spans = await collector.spans_of(gateway.app.aclose)
+    attempt = collector.by_name(spans, "chat m")
+    assert collector.attributes(attempt)["error.type"] == "stream_truncated"
+    assert attempt.status.code == Status.STATUS_CODE_ERROR
+    children = [span.name for span in spans if span.parent_span_id == attempt.span_id]
+    assert children == ([] if exports else ["queue+prefill", "decode"])
+
+
+async def counts_nothing(request: GenerateRequest, attempt: Attempt) -> AsyncIterator[Event]:
+    yield Started()
+    yield Delta(0, "on", "stop")
+    yield Finished(Usage(0, 1, source="counted"), model="m" * 1000)
+
+
+async def test_what_forebay_counted_is_marked(serve_gateway: Any, collector: Any) -> None:
+    gateway = await serve(serve_gateway, collector.endpoint, counts_nothing)
+    async with gateway.client() as client:
+        await client.post("/v1/chat/completions", json={**CHAT, "stream": False})
+    spans = await collector.spans_of(gateway.app.aclose)
+    attempt = collector.by_name(spans, "chat m")
+    told = collector.attributes(attempt)
+    assert told["gen_ai.usage.output_tokens"] == 1
+    assert "gen_ai.usage.input_tokens" not in told  # nobody knows
+    assert told["forebay.usage_source"] == "counted"
+    assert told["gen_ai.response.model"] == "m" * 128
+    assert [span for span in spans if span.parent_span_id == attempt.span_id] == []
 
 
 async def test_a_refused_request_is_traced_and_counted(serve_gateway: Any, collector: Any) -> None:

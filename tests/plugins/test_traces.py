@@ -326,3 +326,17 @@ async def test_a_backend_that_exports_spans_gets_none_from_us(
             "chat m",
             "route",
         ]
+
+
+async def test_our_own_engines_spans_join(
+    serve_gateway: Any, otlp: Any, load_fake: Callable[[str], ModuleType]
+) -> None:
+    gateway = gateway_for("engine", None, serve_gateway, otlp.url, exports_traces=True)
+    async with gateway as running:
+        trace = await ask(running, CHAT)
+    spans = otlp.trace(trace)
+    (attempt,) = [span for span in spans if span.kind == "CLIENT"]
+    (request,) = [span for span in spans if span.parent == attempt.id]
+    assert (request.service, request.name) == ("forebay-engine", "engine.request")
+    assert [span.name for span in spans if span.parent == request.id] == list(ALL)
+    assert len(spans) == 7
