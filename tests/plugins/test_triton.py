@@ -98,6 +98,7 @@ async def sent(
         assert set(body) == {"text_input"}
         return parameters
     assert body.pop("text_input") == "Hello"
+    assert body.pop("return_perf_metrics") is True
     return body
 
 

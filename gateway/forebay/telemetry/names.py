@@ -160,15 +160,11 @@ def backend(name: str, provider: str, address: str) -> Mapping[str, AttributeVal
 
 
 def usage(figures: Usage) -> Attributes:
-    """Token counts; input tokens include those read from the cache.
-
-    A prompt that nobody counted is left out.
-    """
-    attributes: Attributes = {"gen_ai.usage.output_tokens": figures.completion_tokens}
-    if figures.source == "reported" or figures.prompt_tokens:
-        attributes["gen_ai.usage.input_tokens"] = figures.prompt_tokens
-    if figures.source != "reported":
-        attributes["forebay.usage_source"] = figures.source
+    """Token counts; input tokens include those read from the cache."""
+    attributes: Attributes = {
+        "gen_ai.usage.input_tokens": figures.prompt_tokens,
+        "gen_ai.usage.output_tokens": figures.completion_tokens,
+    }
     if figures.cached_tokens is not None:
         attributes["gen_ai.usage.cache_read.input_tokens"] = figures.cached_tokens
     if figures.source == "counted":
