@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from msgspec import structs
 
 from forebay.api import (
     Adapter,
@@ -125,7 +126,10 @@ Serve = Callable[..., Awaitable[Gateway]]
 
 @pytest.fixture
 async def serve_gateway() -> AsyncIterator[Serve]:
-    """``await serve_gateway(config, extra={name: plugin})``; stopped after the test."""
+    """``await serve_gateway(config, extra={name: plugin})``; stopped after the test.
+
+    Backends are not examined unless ``examine``, so that all they hear is what a test sends.
+    """
     async with AsyncExitStack() as stack:
 
         async def start(
@@ -133,7 +137,13 @@ async def serve_gateway() -> AsyncIterator[Serve]:
             extra: dict[str, object] | None = None,
             base_dir: Path = Path(),
             wait: bool = True,
+            examine: bool = False,
         ) -> Gateway:
+            backends = {
+                name: structs.replace(settings, examine=examine)
+                for name, settings in config.backends.items()
+            }
+            config = structs.replace(config, backends=backends)
             scripted = ScriptedPlugin()
             registry = load_plugins(extra={"scripted": scripted, **(extra or {})})
             running = running_gateway(config, registry, scripted, base_dir)

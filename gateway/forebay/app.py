@@ -11,9 +11,10 @@ from litestar.types import ASGIApp
 from forebay.access import Access
 from forebay.admission import Admission
 from forebay.api import AdapterContext
+from forebay.backend import Backend
 from forebay.config import Config
 from forebay.dispatch import Dispatch
-from forebay.fleet import Backend, Fleet
+from forebay.fleet import Fleet
 from forebay.health import Health
 from forebay.http.admin import build_admin_app
 from forebay.http.data import build_data_app

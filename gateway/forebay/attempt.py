@@ -16,7 +16,7 @@ from forebay.api import (
     Request,
     Result,
 )
-from forebay.fleet import Backend
+from forebay.backend import Backend
 from forebay.telemetry.tracing import AttemptTrace
 from forebay.usage import UsageCounter
 

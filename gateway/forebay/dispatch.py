@@ -31,8 +31,8 @@ from forebay.api import (
     Started,
 )
 from forebay.attempt import Answered, FlightEvent, LiveAttempt, work_of
+from forebay.backend import Backend
 from forebay.config import Model
-from forebay.fleet import Backend
 from forebay.outcome import kind_of, result_of
 from forebay.prefix_index import PrefixIndex
 from forebay.recorder import Recorder

@@ -7,127 +7,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 import structlog
-from msgspec import structs
 
-from forebay.api import (
-    Adapter,
-    AdapterKind,
-    BackendBusy,
-    BackendError,
-    BackendSettings,
-    BackendView,
-    Capabilities,
-    Load,
-    Request,
-)
-from forebay.cached_blocks import CachedBlocks, CacheStatus, follow
+from forebay.api import BackendBusy, BackendError
+from forebay.backend import Backend
+from forebay.cached_blocks import CachedBlocks, follow
 from forebay.config import Config
-from forebay.health import Health, State
+from forebay.examiner import Examiner
 
 log = structlog.get_logger("forebay.fleet")
-
-# Weight of the newest figure in the mean time to first token: half-life of about 7 requests.
-TTFT_WEIGHT = 0.1
-
-
-class Backend:
-    """One configured backend and all that is known of it."""
-
-    def __init__(
-        self,
-        name: str,
-        settings: BackendSettings,
-        kind: AdapterKind,
-        adapter: Adapter,
-        health: Health,
-    ) -> None:
-        self.name = name
-        self.settings = settings
-        self.kind = kind
-        self.adapter = adapter
-        self.health = health
-        self.capabilities: Capabilities | None = None
-        self.reading: Load | None = None
-        self.read_at = 0.0
-        #: None: it does not tell of its cache.
-        self.cached_blocks: CachedBlocks | None = None
-        self.in_flight = 0
-        self.queued_tokens = 0
-        self.ttft: float | None = None
-        self.requests = 0
-        self.failures = 0
-        #: Set to have it probed at once.
-        self.doubt = asyncio.Event()
-
-    @property
-    def provider(self) -> str:
-        """``gen_ai.provider.name``."""
-        return self.kind.provider or self.kind.name
-
-    @property
-    def address(self) -> str:
-        """Base URL, or the backend's name if it has none."""
-        return str(getattr(self.settings, "url", "")) or self.name
-
-    @property
-    def slots(self) -> int:
-        """Most requests in flight; 0: no limit."""
-        if self.settings.max_in_flight:
-            return self.settings.max_in_flight
-        return self.capabilities.slots if self.capabilities else 0
-
-    @property
-    def full(self) -> bool:
-        return 0 < self.slots <= self.in_flight
-
-    def state(self) -> State:
-        return self.health.state(time.monotonic())
-
-    def load_age(self) -> float | None:
-        return None if self.reading is None else time.monotonic() - self.read_at
-
-    def cache(self) -> CacheStatus | None:
-        return None if self.cached_blocks is None else self.cached_blocks.status()
-
-    def first_token(self, seconds: float) -> None:
-        old = self.ttft
-        self.ttft = seconds if old is None else old + TTFT_WEIGHT * (seconds - old)
-
-    def view(self, weight: float, turns: float, prefix_tokens: int) -> BackendView:
-        reading = self.reading
-        return BackendView(
-            name=self.name,
-            adapter=self.kind.name,
-            weight=weight,
-            in_flight=self.in_flight,
-            max_in_flight=self.slots,
-            turns=turns,
-            queued_tokens=self.queued_tokens,
-            running=reading.running if reading else None,
-            waiting=reading.waiting if reading else None,
-            kv_usage=reading.kv_usage if reading else None,
-            load_age=self.load_age(),
-            ttft=self.ttft,
-            prefix_tokens=prefix_tokens,
-        )
-
-    def lacks(self, request: Request) -> str | None:
-        """The capability that the request needs and this backend has not, in words."""
-        able = self.capabilities
-        if able is None:
-            return None
-        if request.endpoint not in able.endpoints:
-            return f"does not serve {request.endpoint}"
-        needs = (
-            (request.needs_tools and not able.tools, "cannot call tools"),
-            (request.needs_schema and not able.schema, "cannot bind the answer to a schema"),
-            (request.needs_multimodal and not able.multimodal, "takes text only"),
-            (request.sampling.logprobs is not None and not able.logprobs, "gives no logprobs"),
-        )
-        lacking = next((text for missing, text in needs if missing), None)
-        if lacking is None and request.extra and not able.extra_fields:
-            return f"does not know the field {request.extra[0]!r}"
-        return lacking
 
 
 class Fleet:
@@ -139,6 +26,12 @@ class Fleet:
             name: _pool(model.backends, self.backends) for name, model in config.models.items()
         }
         self._tasks: list[asyncio.Task[None]] = []
+        self._examiners = {
+            backend.name: Examiner(backend, model, lambda: self.on_change())
+            for model, pool in reversed(self._pools.items())
+            for backend, _ in pool
+            if backend.settings.examine
+        }
         #: Called when a slot came free or a backend's state changed.
         self.on_change: Callable[[], None] = lambda: None
         #: Called with the name of a backend that was lost: its caches are cold when it returns.
@@ -169,6 +62,7 @@ class Fleet:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(examiner.aclose() for examiner in self._examiners.values()))
         await asyncio.gather(*(backend.adapter.aclose() for backend in self.backends.values()))
 
     async def _watch(self, backend: Backend) -> None:
@@ -195,9 +89,10 @@ class Fleet:
 
     async def _probe(self, backend: Backend) -> None:
         timeout = backend.settings.probe_timeout
+        examiner = self._examiners.get(backend.name)
         try:
             async with asyncio.timeout(timeout):
-                backend.capabilities = await backend.adapter.probe()
+                found = backend.capabilities = await backend.adapter.probe()
         except TimeoutError:
             backend.health.probe_failed(f"no answer to the probe within {timeout:g} s")
         except BackendError as error:
@@ -208,6 +103,10 @@ class Fleet:
             backend.health.probe_failed(f"the adapter's probe raised {error!r}")
         else:
             backend.health.probe_ok()
+            if examiner is not None:
+                examiner.probed(found)
+        if examiner is not None and backend.state() == "unhealthy":
+            examiner.lost()
 
     async def _read_load(self, backend: Backend) -> None:
         settings = backend.settings
@@ -235,26 +134,3 @@ def _pool(
         (backends[name], share.weight if share is not None else 1.0)
         for name, share in weights.items()
     )
-
-
-def describe(backend: Backend, models: list[str]) -> dict[str, object]:
-    """A backend as the admin port shows it."""
-    reading = backend.reading
-    return {
-        "name": backend.name,
-        "adapter": backend.kind.name,
-        "state": backend.state(),
-        "reason": backend.health.reason,
-        "in_flight": backend.in_flight,
-        "max_in_flight": backend.slots,
-        "running": reading.running if reading else None,
-        "waiting": reading.waiting if reading else None,
-        "kv_usage": reading.kv_usage if reading else None,
-        "load_age": backend.load_age(),
-        "ttft": backend.ttft,
-        "models": models,
-        "capabilities": structs.asdict(backend.capabilities) if backend.capabilities else None,
-        "requests": backend.requests,
-        "failures": backend.failures,
-        "cache": backend.cache(),
-    }

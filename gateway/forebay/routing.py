@@ -19,12 +19,15 @@ from forebay.api import (
     UnknownModel,
     Unsupported,
 )
-from forebay.fleet import Backend, Fleet
+from forebay.backend import BEING_EXAMINED, Backend
+from forebay.fleet import Fleet
 from forebay.prefix_index import PrefixIndex, PrefixKey
 from forebay.ranking import rank
 
 # Vetoes that pass with time; all others are about what a backend can do.
-_PASSING = frozenset({"starting", "unhealthy", "ejected", "draining", "full", "busy"})
+_PASSING = frozenset({"starting", "unhealthy", "ejected", "draining", "busy"})
+# Those of them that pass soon: it is worth waiting.
+_SOON = frozenset({"full", BEING_EXAMINED})
 
 
 class Route(Struct, frozen=True):
@@ -164,9 +167,9 @@ class Router:
 
 
 def refusal(decision: Decision) -> NoBackend | Unsupported | None:
-    """Why nobody may serve; None: all that could are full, so waiting may help."""
+    """Why nobody may serve; None: all that could are full or examined, so waiting may help."""
     vetoes = [candidate.veto or "" for candidate in decision.candidates]
-    if "full" in vetoes:
+    if not _SOON.isdisjoint(vetoes):
         return None
     lacking = [
         f"{candidate.backend} {candidate.veto}"

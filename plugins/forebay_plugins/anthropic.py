@@ -71,6 +71,7 @@ class AnthropicAdapter(HttpServer):
             endpoints=frozenset({"chat"}),
             tools=True,
             extra_fields=False,
+            max_choices=1,
             max_context=self.settings.max_context,
             slots=self.settings.slots,
             models=names,

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
+import msgspec
 from msgspec import Struct
 
 from forebay.api import (
     AdapterKind,
     Attempt,
+    BackendRefused,
     Capabilities,
     Endpoint,
     GenerateRequest,
@@ -57,6 +59,20 @@ class Props(Struct):
     chat_template_caps: dict[str, bool] = {}
 
 
+class AnyObject(Struct, tag_field="type", tag="json_object"):
+    """OpenAI's ``response_format``, one form."""
+
+
+class BySchema(Struct, tag_field="type", tag="json_schema"):
+    """The other."""
+
+    json_schema: NamedSchema
+
+
+class NamedSchema(Struct):
+    schema: dict[str, Any]
+
+
 class LlamaCppAdapter(OpenAIServer):
     """One `llama-server`."""
 
@@ -96,6 +112,7 @@ class LlamaCppAdapter(OpenAIServer):
             multimodal=any(props.modalities.values()),
             max_context=self._context_size,
             slots=props.total_slots,
+            max_choices=props.total_slots,
             version=props.build_info,
             models=(props.model_alias,) if props.model_alias else (),
         )
@@ -122,7 +139,8 @@ class LlamaCppAdapter(OpenAIServer):
         )
 
     async def changes(self, request: GenerateRequest) -> dict[str, object]:
-        return {**await self._limit(request), **await self._penalties(request)}
+        schema = _schema(request) if request.endpoint == "completions" else {}
+        return {**schema, **await self._limit(request), **await self._penalties(request)}
 
     async def _limit(self, request: GenerateRequest) -> dict[str, object]:
         """Give every answer an end: by itself the server would go on as long as the model does."""
@@ -163,6 +181,21 @@ class LlamaCppAdapter(OpenAIServer):
             decode=seconds(timings.get("predicted_ms")),
             source="llamacpp.timings",
         )
+
+
+def _schema(request: GenerateRequest) -> dict[str, object]:
+    """``response_format`` in the server's own words: in /v1/completions it ignores OpenAI's.
+
+    :raises BackendRefused: the format is not one of OpenAI's.
+    """
+    if not request.needs_schema:
+        return {}
+    try:
+        wanted = msgspec.json.decode(request.fields["response_format"], type=AnyObject | BySchema)
+    except msgspec.ValidationError as error:
+        raise BackendRefused(f"is not in OpenAI's form: {error}", param="response_format") from None
+    schema = wanted.json_schema.schema if isinstance(wanted, BySchema) else {"type": "object"}
+    return {"response_format": None, "json_schema": schema}
 
 
 @hookimpl

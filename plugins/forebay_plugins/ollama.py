@@ -115,6 +115,7 @@ class OllamaAdapter(HttpServer):
             schema=True,
             logprobs=True,
             extra_fields=False,
+            max_choices=1,
             max_context=self.settings.num_ctx or await self._loaded_context(tag),
             slots=self.settings.slots,
             version=version.version,

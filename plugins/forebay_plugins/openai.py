@@ -1,4 +1,4 @@
-"""Adapter ``openai``: any server with OpenAI's API. What it can do is configured, not found out."""
+"""Adapter ``openai``: any server with OpenAI's API. What it claims to be able to is configured."""
 
 from __future__ import annotations
 

@@ -96,6 +96,8 @@ class SimulatedSettings(BackendSettings, kw_only=True, frozen=True):
     """What goes wrong, and how often."""
     seed: int = 0
     """Of the draw of failures."""
+    examine: bool = False
+    """As for any backend; off, so that failures are drawn for requests alone."""
 
 
 class SimulatedAdapter(Adapter):

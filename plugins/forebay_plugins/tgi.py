@@ -91,6 +91,7 @@ class TgiAdapter(OpenAIServer):
             schema=True,
             logprobs=True,
             multimodal=self.settings.multimodal,
+            max_choices=1,
             max_context=info.max_total_tokens,
             # Beyond these it answers 429.
             slots=info.max_concurrent_requests,

@@ -39,7 +39,7 @@ class VllmSettings(KvEventSettings, kw_only=True, frozen=True):
     """Settings of `adapter: vllm`."""
 
     tools: bool = True
-    """It was started with `--enable-auto-tool-choice` and a parser; the server does not tell."""
+    """It calls tools, if started with `--enable-auto-tool-choice` and a parser: which is tested."""
     multimodal: bool = False
     """Its model takes images or sound; the server does not tell."""
     slots: int = 0

@@ -350,7 +350,8 @@ async def start_gateway(upstreams: list[Upstream], tmp_path: Path) -> AsyncItera
         *, alone: bool = False, backend: dict[str, Any] | None = None, **model: Any
     ) -> Gateway:
         names = ["a"] if alone else ["a", "b"]
-        settings = {"adapter": "openai", "probe_interval": 0.2, **(backend or {})}
+        # Not examined: all that the upstreams hear is what the test sends.
+        settings = {"adapter": "openai", "examine": False, "probe_interval": 0.2, **(backend or {})}
         tree = {
             "backends": {
                 name: {**settings, "url": f"http://127.0.0.1:{upstream.port}"}

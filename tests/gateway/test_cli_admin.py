@@ -24,6 +24,7 @@ from forebay.api import (
 )
 from forebay.cli import main
 from forebay.cli.backends import Fleet
+from forebay.examination import Examination, Finding
 
 DECISION = Decision(
     request_id="req/7",
@@ -59,7 +60,19 @@ DECISION = Decision(
     ),
 )
 
-CAPABILITIES = Capabilities(logprobs=True, max_context=32768, slots=4, version="b123")
+CAPABILITIES = Capabilities(tools=True, logprobs=True, max_context=32768, slots=4, version="b123")
+EXAMINATION = Examination(
+    version="b123",
+    began=1_800_000_000.0,
+    seconds=2.5,
+    pending=("cancel",),
+    findings={
+        "usage": Finding("holds"),
+        "stop": Finding("unknown", "it gave another answer to the same question", again=True),
+        "completions_schema": Finding("holds"),
+        "tools": Finding("fails", "refused: no parser"),
+    },
+)
 BACKENDS = [
     {
         "name": "llama",
@@ -78,6 +91,7 @@ BACKENDS = [
         "requests": 1200,
         "failures": 3,
         "cache": {"blocks": 1200, "tokens": 38400, "gaps": 2, "sequence": 9, "age": 0.25},
+        "examination": msgspec.to_builtins(EXAMINATION),
         "of_a_later_version": 1,
     },
     {
@@ -159,6 +173,13 @@ def test_backends_are_a_table_and_a_sentence_each(admin: str) -> None:
     )
     cache = "1,200 blocks known cached (38,400 tokens), told 250 ms ago, events lost 2 times"
     assert cache in " ".join(result.output.split())
+    for line in (
+        "proven: usage, schema in completions",
+        "refuted: tools (refused: no parser)",
+        "not known: stop (it gave another answer to the same question)",
+        "being examined: cancel",
+    ):
+        assert line_with(result.output, f"        {line[:7]}") == line
     assert line_with(result.output, "vllm-1  connect") == (
         "vllm-1 connect_failed 3 times in a row; serves no model"
     )

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import pytest
+from msgspec import structs
 
 from forebay.api import (
     AdapterKind,
@@ -20,8 +21,9 @@ from forebay.api import (
     UnknownModel,
     Unsupported,
 )
+from forebay.backend import Backend
 from forebay.config import Config, Health, Model, Share
-from forebay.fleet import Backend, Fleet
+from forebay.fleet import Fleet
 from forebay.health import Health as HealthState
 from forebay.loader import load_plugins
 from forebay.prefix_index import PrefixIndex
@@ -160,3 +162,15 @@ def test_why_nobody_can_serve() -> None:
     assert "a: draining" in error.message
     with pytest.raises(UnknownModel):
         routing.check_model("other")
+
+
+def test_more_choices_than_a_backend_gives_go_elsewhere() -> None:
+    routing, fleet = router("round_robin", a=1, b=1)
+    fleet.backends["a"].capabilities = Capabilities(max_choices=2)
+    for n, prompts, order in ((2, (), {"a", "b"}), (3, (), {"b"}), (2, ("x", "y"), {"a", "b"})):
+        request = structs.replace(REQUEST, n=n, prompts=prompts)
+        assert set(routing.choose(request, 0, "").decision.order) == order
+    fleet.backends["b"].capabilities = Capabilities(max_choices=2)
+    error = refusal(routing.choose(structs.replace(REQUEST, n=3), 0, "").decision)
+    assert isinstance(error, Unsupported)
+    assert "a gives at most 2 choices of a prompt" in error.message

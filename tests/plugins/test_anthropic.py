@@ -235,6 +235,7 @@ async def test_headers_and_probe() -> None:
         extra_fields=False,
         max_context=9,
         models=("claude",),
+        max_choices=1,
     )
     for exchange in server.exchanges:
         assert exchange.headers["x-api-key"] == "k"

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from msgspec import Raw
+from msgspec import Raw, structs
 
 from forebay.api import (
     Attempt,
@@ -28,7 +28,8 @@ from forebay.api import (
     Unsupported,
     Usage,
 )
-from forebay.testing import Exchange, Scenario, ScriptedServer, adapter_context
+from forebay.testing import Exchange, Scenario, ScriptedServer, adapter_context, chat_request
+from forebay.testing.adapter import collect
 from forebay_plugins.llamacpp import LlamaCppAdapter, LlamaCppSettings
 
 USAGE = {"prompt_tokens": 4, "total_tokens": 4}
@@ -131,3 +132,40 @@ async def test_embeddings_and_ranking(fakes: ModuleType) -> None:
         score = ScoreRequest(pairs=(("a", "b"),), **common())
         with pytest.raises(Unsupported):
             await adapter.perform(score, Attempt())
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "schema"),
+    [
+        ({"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}, SCHEMA),
+        ({"type": "json_object"}, {"type": "object"}),
+    ],
+)
+async def test_completions_are_bound_in_the_servers_own_words(
+    fakes: ModuleType, wanted: Any, schema: Any
+) -> None:
+    """There it ignores `response_format` without a word."""
+    async with started(fakes) as (adapter, exchanges):
+        for endpoint in ("completions", "chat"):
+            request = chat_request(endpoint=endpoint, response_format=wanted)
+            await collect(adapter, structs.replace(request, needs_schema=True))
+        completions, chat = exchanges[-2:]
+        assert completions.json["json_schema"] == schema
+        assert "response_format" not in completions.json
+        assert chat.json["response_format"] == wanted
+        assert "json_schema" not in chat.json
+        broken = chat_request(
+            endpoint="completions", response_format={"type": "json_schema", "x": 1}
+        )
+        with pytest.raises(BackendRefused) as refused:
+            await collect(adapter, structs.replace(broken, needs_schema=True))
+        assert refused.value.param == "response_format"
+
+
+async def test_it_gives_as_many_choices_as_it_has_slots(fakes: ModuleType) -> None:
+    async with started(fakes) as (adapter, _):
+        found = await adapter.probe()
+        assert found.max_choices == found.slots > 1

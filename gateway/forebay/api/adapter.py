@@ -49,6 +49,11 @@ class BackendSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
     """Sampling fields that neither the client nor `models.NAME.sampling` sets are sent with the
     value that changes nothing, so that all backends sample alike; false: the server's own defaults
     apply."""
+    examine: bool = True
+    """Ask it some eight short questions when it joins and when its version or models change:
+    whether schemas, stop strings, tools, logprobs, usage and cancelling really work. Together at
+    most 300 tokens are generated; 1024 more where cancelling does not work. `false`: nothing is
+    asked, and what the adapter claims is believed."""
 
 
 class HttpBackendSettings(BackendSettings, kw_only=True, frozen=True):
@@ -65,7 +70,11 @@ class HttpBackendSettings(BackendSettings, kw_only=True, frozen=True):
 
 
 class Capabilities(Struct, frozen=True, kw_only=True):
-    """What a probe found. A request is only sent where its needs are met."""
+    """What a probe found. A request is only sent where its needs are met.
+
+    ``tools``, ``schema``, ``logprobs`` and ``stop`` are claims: the gateway asks the backend small
+    questions and believes what it finds, unless :attr:`BackendSettings.examine` is off.
+    """
 
     endpoints: frozenset[Endpoint] = frozenset({"chat", "completions"})
     tools: bool = False
@@ -80,6 +89,9 @@ class Capabilities(Struct, frozen=True, kw_only=True):
     slots: int = 0
     version: str = ""
     models: tuple[str, ...] = ()
+    stop: bool = True
+    #: Choices of one prompt (``n``) that it gives; 0: any number, or not known.
+    max_choices: int = 0
 
 
 class Load(Struct, frozen=True, kw_only=True):

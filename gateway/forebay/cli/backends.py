@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import click
 from msgspec import Struct
 from rich.text import Text
@@ -10,6 +12,7 @@ from forebay.api import Capabilities
 from forebay.cached_blocks import CacheStatus
 from forebay.cli.admin import admin_option, fetch, json_option
 from forebay.cli.output import console, facts, figure, print_json, seconds, table
+from forebay.examination import Examination, Question
 
 _COLOURS = {"healthy": "green", "starting": "yellow", "draining": "yellow"}
 
@@ -33,6 +36,7 @@ class BackendStatus(Struct, kw_only=True):
     requests: int = 0
     failures: int = 0
     cache: CacheStatus | None = None
+    examination: Examination | None = None
 
 
 class Fleet(Struct):
@@ -73,16 +77,17 @@ def backends(admin_url: str, as_json: bool) -> None:
 
 
 def _sentence(item: BackendStatus) -> str:
-    """What the table has no room for: why it is out, what it serves and can do."""
+    """What the table has no room for: why it is out, what it serves, and can do as was found."""
     parts = [item.reason] if item.reason else []
     parts.append(f"serves {', '.join(item.models)}" if item.models else "serves no model")
     if item.capabilities is not None:
-        parts += _abilities(item.capabilities)
+        parts += _abilities(item.capabilities, item.examination)
     if item.load_age is not None:
         parts.append(f"load read {seconds(item.load_age)} ago")
     if item.cache is not None:
         parts.append(_cache(item.cache))
-    return "; ".join(parts)
+    lines = ["; ".join(parts), *(_examined(item.examination) if item.examination else ())]
+    return "\n".join(lines)
 
 
 def _cache(cache: CacheStatus) -> str:
@@ -93,9 +98,32 @@ def _cache(cache: CacheStatus) -> str:
     return f"{found}, told {seconds(cache.age)} ago{gaps}"
 
 
-def _abilities(found: Capabilities) -> list[str]:
-    names = ("tools", "schema", "logprobs", "multimodal")
-    able = [*sorted(found.endpoints), *(name for name in names if getattr(found, name))]
+def _examined(found: Examination) -> Iterator[str]:
+    """A line for each verdict; why, where it is not the one that was hoped for."""
+    words = {"holds": "proven", "fails": "refuted", "unknown": "not known"}
+    for verdict, word in words.items():
+        told = [
+            f"{_name(question)} ({finding.reason})" if finding.reason else _name(question)
+            for question, finding in found.findings.items()
+            if finding.verdict == verdict
+        ]
+        if told:
+            yield f"{word}: {', '.join(told)}"
+    if found.pending:
+        yield f"being examined: {', '.join(map(_name, found.pending))}"
+
+
+def _name(question: Question) -> str:
+    return "schema in completions" if question == "completions_schema" else question
+
+
+def _abilities(found: Capabilities, examination: Examination | None) -> list[str]:
+    findings = examination.findings if examination else {}
+    refuted = {name for name, finding in findings.items() if finding.verdict == "fails"}
+    names: tuple[Question, ...] = ("tools", "schema", "logprobs")
+    able: list[str] = sorted(found.endpoints)
+    able += [name for name in names if getattr(found, name) and name not in refuted]
+    able += ["multimodal"] if found.multimodal else []
     parts = [", ".join(able)]
     if found.max_context:
         parts.append(f"context {found.max_context:,}")

@@ -10,7 +10,8 @@ from litestar import Litestar, Request, Response, get
 from litestar.types import ASGIApp
 
 from forebay.api import Decision
-from forebay.fleet import Fleet, describe
+from forebay.backend import describe
+from forebay.fleet import Fleet
 from forebay.loader import Failed, Loaded
 from forebay.telemetry.decisions import DecisionStore
 from forebay.telemetry.metrics import Metrics
