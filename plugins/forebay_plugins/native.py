@@ -59,6 +59,7 @@ from forebay_engine.client import (
     Status,
     Tokenize,
 )
+from forebay_plugins.openai_errors import code_of
 
 #: OpenAI's default for completions; a chat answer may fill the context.
 _COMPLETION_TOKENS = 16
@@ -120,7 +121,8 @@ class NativeAdapter(Adapter):
                     started = True
                     yield _event(event, Path(self._settings.path).name)
         except RequestRefused as error:
-            raise BackendRefused(error.message, param=_param(error, request)) from error
+            param, code = _param(error, request), code_of(error.message)
+            raise BackendRefused(error.message, param=param, code=code) from error
         except EngineDied as error:
             if started:
                 raise StreamTruncated(error.message) from error

@@ -6,6 +6,7 @@ vLLM), ``{"error": "text"}`` (TGI, Ollama), ``{"detail": …}`` (FastAPI), or pl
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
@@ -22,7 +23,7 @@ from forebay.api import (
     BackendRefused,
 )
 
-__all__ = ["error_in", "error_of"]
+__all__ = ["code_of", "error_in", "error_of"]
 
 #: 4xx that are the operator's affair, not the client's.
 _OPERATOR = {
@@ -32,8 +33,21 @@ _OPERATOR = {
     405: "the backend does not know the path: check `url`",
     408: "the backend gave up waiting for the request",
 }
-#: llama.cpp's type for what OpenAI's clients know by this code.
-_CODES = {"exceed_context_size_error": "context_length_exceeded"}
+#: What OpenAI's clients shorten a conversation for.
+_TOO_LONG = "context_length_exceeded"
+#: In whose words prompt, or prompt and answer together, exceed what the model can hold.
+_TOO_LONG_WORDS = re.compile(
+    r"maximum context length"  # OpenAI, vLLM, SGLang
+    r"|longer than the (?:maximum model|model's context) length"  # vLLM's engine, SGLang
+    r"|tokens\) exceeds the maximum allowed length"  # SGLang
+    r"|exceeds the available context size"  # llama.cpp
+    r"|`inputs` must have less than \d+ tokens"  # TGI
+    r"|`inputs` tokens \+ `max_new_tokens` must be"  # TGI
+    r"|sum of prompt length .* should not exceed max_(?:num_tokens|seq_len)"  # TensorRT-LLM
+    r"|Prompt length \(\d+\) exceeds maximum (?:input|sequence) length"  # its older engines
+    r"|prompt is too long: \d+ tokens"  # Anthropic
+    r"|the context holds \d+ tokens, but"  # our engine
+)
 #: Characters of a backend's message that are passed on.
 _LONGEST = 2000
 
@@ -76,7 +90,10 @@ def _error(status: int, said: _Said, retry_after: float | None = None) -> Backen
     if status in _OPERATOR:
         return BackendFailed(f"{_OPERATOR[status]} (HTTP {status}: {message})")
     if 400 <= status < 500:
-        return BackendRefused(message, status=status, param=said.param, code=said.code)
+        code = said.code or code_of(message)
+        return BackendRefused(message, status=status, param=said.param, code=code)
+    if code_of(message) and 500 <= status < 600:  # Triton's backends blame themselves
+        return BackendRefused(message, code=code_of(message))
     if 500 <= status < 600:
         return BackendFailed(message)
     return BackendGarbage(f"the backend answered HTTP {status} where 200 was expected")
@@ -96,9 +113,18 @@ def _understand(content: object) -> _Said:
     return _Said(
         message=_text(error.get("message") or error.get("detail") or ""),
         param=_text(error.get("param") or "") or None,
-        code=_CODES.get(str(kind)) or (code if isinstance(code, str) else None),
+        code=_TOO_LONG if kind == "exceed_context_size_error" else _string(code),
         status=code if isinstance(code, int) and 400 <= code < 600 else 0,
     )
+
+
+def code_of(message: str) -> str | None:
+    """OpenAI's code for a refusal in these words; None if it has none, or they are not known."""
+    return _TOO_LONG if _TOO_LONG_WORDS.search(message) else None
+
+
+def _string(value: object) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _text(value: Any) -> str:

@@ -24,6 +24,7 @@ from forebay.api import (
     TokenLogprob,
     Usage,
 )
+from forebay_plugins.openai_errors import code_of
 from forebay_plugins.openai_shape import seconds
 from forebay_plugins.stop_strings import StopStrings
 
@@ -187,7 +188,7 @@ def failure(message: str, kind: str) -> BackendError:
     if kind in _BUSY:
         return BackendBusy(message)
     if kind in _REFUSED:
-        return BackendRefused(message, status=422)
+        return BackendRefused(message, status=422, code=code_of(message))
     return BackendFailed(message)
 
 

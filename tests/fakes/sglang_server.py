@@ -135,7 +135,10 @@ def error(status: int, message: str, kind: str = "BadRequestError") -> dict[str,
 ERRORS = {
     Scenario.BUSY: (503, "The request queue is full."),
     Scenario.BROKEN: (500, "the scheduler has died"),
-    Scenario.REFUSING: (400, "The input (9000 tokens) is longer than the context (4096 tokens)."),
+    Scenario.REFUSING: (
+        400,
+        "The input (9000 tokens) is longer than the model's context length (4096 tokens).",
+    ),
 }
 
 

@@ -288,7 +288,7 @@ async def test_a_refusal_names_the_field_that_the_client_sent() -> None:
             )
             with pytest.raises(BackendRefused, match="context holds 256") as refusal:
                 await collect(adapter, request)
-            assert refusal.value.param == name
+            assert (refusal.value.param, refusal.value.code) == (name, "context_length_exceeded")
         with pytest.raises(BackendRefused, match="unknown role tool") as refusal:
             await collect(adapter, chat(Message(role="tool", content="x", tool_call_id="1")))
         assert refusal.value.param == "messages"

@@ -250,6 +250,44 @@ def test_a_refusal_keeps_status_param_and_code() -> None:
     assert error_of(400, {}, json.dumps(context).encode()).code == "context_length_exceeded"
 
 
+VLLM = "This model's maximum context length is 4096 tokens. However, "
+TENSORRT = "Executor failed: Encountered an error when fetching new request: "
+TOO_LONG = [
+    (400, VLLM + "your prompt contains at least 4097 input tokens, which exceeds this limit"),
+    (400, VLLM + "you requested 4226 tokens (4210 in the messages, 16 in the completion)."),
+    (400, "The decoder prompt (length 5000) is longer than the maximum model length of 4096."),
+    (400, "The input (61709 tokens) is longer than the model's context length (40960 tokens)."),
+    (400, "Input length (160062 tokens) exceeds the maximum allowed length (59862 tokens)."),
+    (400, "request (8002 tokens) exceeds the available context size (4096 tokens)"),
+    (422, "Input validation error: `inputs` must have less than 4096 tokens. Given: 5000"),
+    (422, "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4096."),
+    (400, "The sum of prompt length (72417.0), query length (0) should not exceed max_num_tokens"),
+    (500, TENSORRT + "Prompt length (200) exceeds maximum input length (1)"),
+]
+
+
+@pytest.mark.parametrize(("status", "message"), TOO_LONG)
+def test_prompts_that_are_too_long_have_openais_code(status: int, message: str) -> None:
+    for said in ({"error": {"message": message, "code": status}}, {"error": message}):
+        error = error_of(status, {}, json.dumps(said).encode())
+        assert isinstance(error, BackendRefused)
+        assert (error.status, error.message) == (422 if status == 422 else 400, message)
+        assert error.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "max_tokens=9000 cannot be greater than max_model_len=4096.",
+        "`stop` must have less than 5 sequences",
+        "the name exceeds the maximum allowed length",
+    ],
+)
+def test_other_refusals_have_not(message: str) -> None:
+    assert error_of(400, {}, json.dumps({"error": message}).encode()).code == "backend_refused"
+    assert isinstance(error_of(503, {}, f"{VLLM} busy".encode()), BackendBusy)
+
+
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [("3", 3.0), ("0.5", 0.5), ("-1", 0.0), ("soon", None), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0)],

@@ -136,7 +136,7 @@ async def test_an_aborted_stream_is_broken(fake: ModuleType) -> None:
     [
         (Scenario.BUSY, BackendBusy, "The request queue is full."),
         (Scenario.BROKEN, BackendFailed, "the scheduler has died"),
-        (Scenario.REFUSING, BackendRefused, "is longer than the context"),
+        (Scenario.REFUSING, BackendRefused, "is longer than the model's context"),
     ],
 )
 @pytest.mark.parametrize("stream", [True, False])

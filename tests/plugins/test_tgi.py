@@ -42,7 +42,7 @@ BUSY, REFUSES, FAILS = BackendBusy, BackendRefused, BackendFailed
     [
         (429, "overloaded", "Model is overloaded", BUSY),
         (424, "generation", "Request failed during generation: CUDA", FAILS),
-        (422, "validation", "Input validation error: `inputs` is too long", REFUSES),
+        (422, "validation", "Input validation error: `inputs` cannot be empty", REFUSES),
         (422, "template_error", "Template error: raised", REFUSES),
         (422, "missing_template_variable", "Missing template vatiable: x", REFUSES),
         (422, "tool_error", "Tool error: no such tool", REFUSES),
