@@ -79,6 +79,13 @@ class OpenAIServer(HttpServer):
         """Fields to set in the request's body, or to remove with None."""
         return {}
 
+    def whole_headers(self) -> Mapping[str, str]:
+        """Headers for requests that it answers in one piece."""
+        return {}
+
+    def heard(self, headers: Mapping[str, str]) -> None:
+        """The head of an answer has come; its headers may tell of the server."""
+
     def timings(self, closing: Mapping[str, Any], headers: Mapping[str, str]) -> Timings | None:
         """The backend's own timings: from the top-level fields at the end of an answer, or from the
         headers of its response (lower-case names)."""
@@ -99,6 +106,7 @@ class OpenAIServer(HttpServer):
         streams = request.stream or self.always_streams
         response = await self._send(request, attempt, streams)
         try:
+            self.heard(response.headers)
             await self._check(response, "text/event-stream" if streams else "application/json")
             if not streams:
                 body, finished = self._answer(request, await response.read(), response.headers)
@@ -147,7 +155,7 @@ class OpenAIServer(HttpServer):
         if self.settings.neutral_sampling:
             said = {**request.fields, **changes}
             changes |= {k: v for k, v in self.neutral.items() if said.get(k) in _UNSAID}
-        headers = self.stream_headers if streams else {}
+        headers = self.stream_headers if streams else self.whole_headers()
         return await self.post(
             _PATHS[request.endpoint], request.openai_body(**changes), attempt, headers
         )

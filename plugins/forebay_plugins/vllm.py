@@ -5,10 +5,11 @@ LoRA adapters are models there: ``model`` may be any name that ``/v1/models`` li
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from forebay.api import (
     AdapterContext,
@@ -28,11 +29,16 @@ from forebay.api import (
 from forebay_plugins.kv_events import KvEvents, KvEventSettings
 from forebay_plugins.openai_shape import seconds
 from forebay_plugins.openai_wire import ENGINE_NEUTRAL, OpenAIServer
+from forebay_plugins.orca import ASK, load_in
 from forebay_plugins.prometheus_text import samples
 from forebay_plugins.vllm_operations import perform, served
 from forebay_plugins.vllm_structured import Generation, asked, constraints, generation_of
 
 __all__ = ["VllmAdapter", "VllmSettings"]
+
+#: Readings in a row that answers' headers may save. They don't say how many requests run, so that
+#: figure is as old as the last page of metrics.
+_SAVED = 2
 
 
 class VllmSettings(KvEventSettings, kw_only=True, frozen=True):
@@ -69,6 +75,11 @@ class VllmAdapter(OpenAIServer):
     _endpoints: frozenset[Endpoint] | None = None
     _generation: Generation | None = None
     _known: tuple[str, tuple[str, ...]] | None = None
+    #: The load that an answer's header told last, and when.
+    _told: Load | None = None
+    _told_at = 0.0
+    _running: int | None = None
+    _saved = _SAVED
 
     def __init__(self, settings: VllmSettings, context: AdapterContext) -> None:
         super().__init__(settings, context)
@@ -115,14 +126,35 @@ class VllmAdapter(OpenAIServer):
     async def perform(self, request: Operation, attempt: Attempt) -> Result:
         return await perform(self, request, attempt)
 
+    def whole_headers(self) -> Mapping[str, str]:
+        """Ask for its load, but no more often than it is read: telling costs the server some ms."""
+        interval = self.settings.load_interval
+        fresh = self._told is not None and time.monotonic() - self._told_at < interval / 2
+        return ASK if interval and not fresh else {}
+
+    def heard(self, headers: Mapping[str, str]) -> None:
+        told = load_in(headers)
+        if told is not None:
+            self._told, self._told_at = told, time.monotonic()
+
     async def load(self) -> Load | None:
+        """As an answer told since the last reading, else from its page of metrics."""
+        age = time.monotonic() - self._told_at
+        if self._told is None or age >= self.settings.load_interval or self._saved >= _SAVED:
+            self._saved = 0
+            return await self._scrape()
+        self._saved += 1
+        return structs.replace(self._told, running=self._running, age=age)
+
+    async def _scrape(self) -> Load:
         """Of all data-parallel engines: requests summed, the share of KV in use averaged."""
         page = await self.get("/metrics")
         running = samples(page, "vllm:num_requests_running")
         waiting = samples(page, "vllm:num_requests_waiting")
         kv = samples(page, "vllm:kv_cache_usage_perc") or samples(page, "vllm:gpu_cache_usage_perc")
+        self._running = int(sum(running)) if running else None
         return Load(
-            running=int(sum(running)) if running else None,
+            running=self._running,
             waiting=int(sum(waiting)) if waiting else None,
             kv_usage=sum(kv) / len(kv) if kv else None,
         )

@@ -19,6 +19,7 @@ from forebay.api import (
     Embeddings,
     EmbedRequest,
     InferRequest,
+    Load,
     Message,
     Operation,
     Ranked,
@@ -34,6 +35,7 @@ from forebay.api import (
 )
 from forebay.testing import Exchange, ScriptedServer, adapter_context, chat_request
 from forebay.testing.adapter import collect
+from forebay_plugins.orca import load_in
 from forebay_plugins.vllm import VllmAdapter, VllmSettings
 
 GENERATES = {"/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"}
@@ -72,6 +74,13 @@ class Server:
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.answers = dict(ANSWERS)
         self.busy = False
+        self.page = b""
+        #: Further fields of its answers.
+        self.further: dict[str, Any] = {}
+        #: The header of whole answers that tells its load, for whoever asks.
+        self.load_header = ""
+        self.load_asked: list[bool] = []
+        self.gets: list[str] = []
 
     async def __call__(self, exchange: Exchange) -> None:
         path = exchange.path
@@ -88,7 +97,8 @@ class Server:
             exchange.answer(400, {"error": {"message": "no", "param": None, "code": 400}})
         elif path == "/v1/completions":
             choice = {"index": 0, "text": "x", "finish_reason": "stop"}
-            exchange.answer(200, {"id": "c", "created": 1, "choices": [choice], "usage": USAGE})
+            answer = {"id": "c", "created": 1, "choices": [choice], "usage": USAGE}
+            exchange.answer(200, {**answer, **self.further}, self._load(exchange))
         else:
             exchange.answer(200, self.answers[path])
 
@@ -102,12 +112,20 @@ class Server:
             if self.knows and name.startswith(self.knows) and not name.endswith("_pattern")
         ]
 
+    def _load(self, exchange: Exchange) -> dict[str, str]:
+        asked = exchange.headers.get("endpoint-load-metrics-format") == "TEXT"
+        self.load_asked.append(asked)
+        return {"endpoint-load-metrics": self.load_header} if asked else {}
+
     def _get(self, exchange: Exchange) -> None:
+        self.gets.append(exchange.path)
         if exchange.path == "/v1/models":
             data = [{"id": name, "max_model_len": 4096, "parent": None} for name in self.models]
             exchange.answer(200, {"data": data})
         elif exchange.path == "/version":
             exchange.answer(200, {"version": self.version})
+        elif exchange.path == "/metrics":
+            exchange.answer(200, self.page)
         elif exchange.path == "/openapi.json" and self.described:
             exchange.answer(200, {"paths": {route: {} for route in self.routes}})
         elif exchange.path == "/health":
@@ -117,9 +135,9 @@ class Server:
 
 
 @asynccontextmanager
-async def adapter_of(server: Server, model: str = "") -> AsyncIterator[VllmAdapter]:
+async def adapter_of(server: Server, model: str = "", **more: Any) -> AsyncIterator[VllmAdapter]:
     async with ScriptedServer(server) as scripted:
-        settings = VllmSettings(adapter="vllm", url=scripted.url, model=model)
+        settings = VllmSettings(adapter="vllm", url=scripted.url, model=model, **more)
         adapter = VllmAdapter(settings, adapter_context())
         try:
             yield adapter
@@ -361,6 +379,93 @@ async def test_other_fields_pass_as_they_came() -> None:
     }
     (asked,) = await sent(knowing("structured_outputs", "0.32.0"), **given)
     assert {name: asked[name] for name in given} == given
+
+
+V0 = b"""# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{model_name="base"} 3.0
+vllm:num_requests_swapped{model_name="base"} 9.0
+vllm:num_requests_waiting{model_name="base"} 2.0
+vllm:gpu_cache_usage_perc{model_name="base"} 0.25
+vllm:cpu_cache_usage_perc{model_name="base"} 0.75
+"""
+V1 = b"""vllm:num_requests_running{engine="0",model_name="base"} 1.0
+vllm:num_requests_running{engine="1",model_name="base"} 2.0
+vllm:num_requests_waiting{engine="0",model_name="base"} 0.0
+vllm:num_requests_waiting{engine="1",model_name="base"} 4.0
+vllm:num_requests_waiting_by_reason{engine="1",model_name="base",reason="capacity"} 4.0
+vllm:kv_cache_usage_perc{engine="0",model_name="base"} 0.5
+vllm:kv_cache_usage_perc{engine="1",model_name="base"} 0.25
+"""
+
+
+@pytest.mark.parametrize(
+    ("page", "load"),
+    [
+        (V0, Load(running=3, waiting=2, kv_usage=0.25)),
+        (V1, Load(running=3, waiting=4, kv_usage=0.375)),
+        (b"python_info 1.0\n", Load()),
+    ],
+)
+async def test_load_by_the_metrics_of_either_generation(page: bytes, load: Load) -> None:
+    server = Server(GENERATES)
+    server.page = page
+    async with adapter_of(server) as adapter:
+        assert await adapter.load() == load
+
+
+TEXT = "TEXT named_metrics.num_requests_waiting=7.0, named_metrics.kv_cache_usage_perc=0.75"
+
+
+@pytest.mark.parametrize(
+    ("header", "load"),
+    [
+        (TEXT, Load(waiting=7, kv_usage=0.75)),
+        (
+            'JSON {"named_metrics": {"num_requests_waiting": 7.0, "kv_cache_usage_perc": 0.75}}',
+            Load(waiting=7, kv_usage=0.75),
+        ),
+        (f"{TEXT}, {TEXT.removeprefix('TEXT ')}", Load(waiting=14, kv_usage=0.75)),
+        ("TEXT cpu=0.5, named_metrics.kv_cache_usage_perc=0.5", Load(kv_usage=0.5)),
+        ("TEXT named_metrics.num_requests_waiting=nan", None),
+        ("TEXT named_metrics.num_requests_waiting", None),
+        ("JSON {", None),
+        ("BIN CgA=", None),
+        ("", None),
+    ],
+)
+def test_load_by_headers(header: str, load: Load | None) -> None:
+    assert load_in({"endpoint-load-metrics": header}) == load
+    assert load_in({}) is None
+
+
+async def test_what_answers_tell_saves_readings_of_the_metrics() -> None:
+    server = Server(GENERATES)
+    server.page, server.load_header = V1, TEXT
+    async with adapter_of(server, load_interval=60) as adapter:
+        request = chat_request(endpoint="completions", stream=False)
+        for _ in range(3):
+            await collect(adapter, request)
+        assert server.load_asked == [True, False, False], "it is fresh for a while"
+        found = [await adapter.load() for _ in range(4)]
+        assert server.gets.count("/metrics") == 2, "how many run is said there alone"
+    scraped = Load(running=3, waiting=4, kv_usage=0.375)
+    assert found[0] == found[3] == scraped
+    for told in found[1:3]:
+        assert told is not None
+        assert (told.running, told.waiting, told.kv_usage) == (3, 7, 0.75)
+        assert 0 < told.age < 60
+
+
+@pytest.mark.parametrize("interval", [0, 1e-9])
+async def test_old_tidings_of_load_save_nothing(interval: float) -> None:
+    server = Server(GENERATES)
+    server.page, server.load_header = V1, TEXT
+    async with adapter_of(server, load_interval=interval) as adapter:
+        for _ in range(2):
+            await collect(adapter, chat_request(endpoint="completions", stream=False))
+        assert server.load_asked == [bool(interval)] * 2, "who never reads does not ask"
+        for _ in range(3):
+            assert await adapter.load() == Load(running=3, waiting=4, kv_usage=0.375)
 
 
 async def test_what_it_cannot_do() -> None:
