@@ -271,6 +271,8 @@ def _message(message: Message) -> dict[str, Any]:
     found: dict[str, Any] = {"role": message.role, "content": message.text()}
     if message.name is not None:
         found["name"] = message.name
+    if message.reasoning_content is not None:
+        found["reasoning_content"] = message.reasoning_content
     if message.tool_calls is not None:
         found["tool_calls"] = [msgspec.json.decode(call) for call in message.tool_calls]
     if message.tool_call_id is not None:

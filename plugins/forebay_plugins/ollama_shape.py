@@ -168,6 +168,8 @@ def _message(message: Message) -> dict[str, object]:
     said: dict[str, object] = {"role": role, "content": message.text()}
     if isinstance(message.content, tuple) and any(p.type != "text" for p in message.content):
         raise refused("messages", "parts that are not text are not translated")
+    if message.reasoning_content:
+        said["thinking"] = message.reasoning_content
     if message.tool_calls is not None:
         calls = [msgspec.json.decode(call) for call in message.tool_calls]
         said["tool_calls"] = [_past_call(call) for call in calls]

@@ -175,6 +175,10 @@ class OpenAIServer(HttpServer):
             choice["finish_reason"] = reason
             for name in self.unasked:
                 choice.pop(name, None)
+            message = choice.get("message") or {}
+            if "reasoning" in message:  # the one name for it, as in streams
+                message.setdefault("reasoning_content", message["reasoning"])
+                del message["reasoning"]
         model = str(content.get("model") or "")
         content["model"] = request.model
         content["id"] = content.get("id") or request.id

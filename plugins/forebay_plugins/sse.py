@@ -23,6 +23,10 @@ __all__ = ["MAX_EVENT", "Scanner"]
 MAX_EVENT = 1 << 20
 
 _NO_ROLE = b'"role":null,'
+#: vLLM since 0.12, and Ollama, call reasoning what all others, and the clients that read it at all,
+#: call reasoning_content. In a text the second quote would be escaped.
+_REASONING = b'"reasoning":'
+_REASONING_KEY = re.compile(rb'"reasoning":(?=\s*(?:"|null))')
 _ENVELOPE = re.compile(rb'"(id|created|model)"\s*:\s*("(?:[^"\\]|\\.)*"|\d+)')
 
 
@@ -95,6 +99,8 @@ class Scanner:
         # SGLang says so in each delta. A text cannot: its quotes are escaped.
         if chunk.count(_NO_ROLE):
             chunk = chunk.replace(_NO_ROLE, b"")
+        if chunk.count(_REASONING) and not chunk.count(b'"reasoning_content":'):
+            chunk = _REASONING_KEY.sub(b'"reasoning_content":', chunk)
         count = self._plain(chunk)
         if count:
             self.events = count

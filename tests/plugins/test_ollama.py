@@ -193,7 +193,11 @@ async def test_the_body_of_a_chat() -> None:
     asked = request(
         (
             Message(role="developer", content="Be brief."),
-            Message(role="assistant", tool_calls=(msgspec.Raw(msgspec.json.encode(call)),)),
+            Message(
+                role="assistant",
+                reasoning_content="Hm",
+                tool_calls=(msgspec.Raw(msgspec.json.encode(call)),),
+            ),
             Message(role="tool", content="2", tool_call_id="c", name="f"),
         ),
         sampling=Sampling(
@@ -236,6 +240,7 @@ async def test_the_body_of_a_chat() -> None:
             {
                 "role": "assistant",
                 "content": "",
+                "thinking": "Hm",
                 "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": {"x": 1}}}],
             },
             {"role": "tool", "content": "2", "tool_call_id": "c", "tool_name": "f"},

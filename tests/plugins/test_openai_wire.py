@@ -143,6 +143,22 @@ async def test_a_body_is_completed_and_renamed() -> None:
     assert finished == Finished(Usage(0, 1, source="counted"), None, ("stop",), "theirs")
 
 
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"reasoning": "hm"}, {"reasoning_content": "hm"}),
+        ({"reasoning": None}, {"reasoning_content": None}),
+        ({"reasoning": "hm", "reasoning_content": "hm"}, {"reasoning_content": "hm"}),
+    ],
+)
+async def test_reasoning_has_one_name_in_a_body(message: object, said: object) -> None:
+    body = {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+    async with serving(openai, answering(200, body)) as (adapter, _):
+        relayed, _ = await collect(adapter, chat_request(stream=False))
+    assert isinstance(relayed, Relayed)
+    assert json.loads(relayed.data)["choices"][0]["message"] == said
+
+
 GARBAGE: dict[str, tuple[int, object, Mapping[str, str]]] = {
     "redirect": (302, b"", {"location": "/x"}),
     "no content": (204, b"", {}),

@@ -94,6 +94,23 @@ def test_token_events_pass_untouched_but_for_the_name() -> None:
     assert done.chunks[1]["choices"][0]["delta"]["content"] == 'a "model":"up" \\" 😀'
 
 
+@pytest.mark.parametrize("space", ["", " "])
+def test_reasoning_has_one_name(space: str) -> None:
+    """Whatever the server calls it, and wherever its bytes are cut."""
+    delta = (
+        b'"delta":{"reasoning":' + space.encode() + b'"a \\"reasoning\\": \\"b\\"","content":null}'
+    )
+    thought = chunk({}).replace(b'"delta":{}', delta)
+    for size in (1, 7, 10_000):
+        stream = ROLE + thought * 3 + STOP + DONE
+        pieces = [stream[i : i + size] for i in range(0, len(stream), size)]
+        done = run(*pieces)
+        said = [part["choices"][0]["delta"] for part in done.chunks[1:4]]
+        assert said == [{"reasoning_content": 'a "reasoning": "b"', "content": None}] * 3
+    twice = chunk({"reasoning": "x", "reasoning_content": "x"})
+    assert run(ROLE, twice, STOP).chunks[1]["choices"][0]["delta"]["reasoning_content"] == "x"
+
+
 def test_bytes_are_the_same_where_nothing_needs_changing() -> None:
     stream = [ROLE, chunk({"content": "a"}), STOP]
     done = Run(chat_request(model="up"), b"".join(stream), DONE)
@@ -103,7 +120,17 @@ def test_bytes_are_the_same_where_nothing_needs_changing() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["usage", 'usage"', '"finish_reason":"stop"', "error", "role", "data: [DONE]", "\r\n\n", "}\\"],
+    [
+        "usage",
+        '"reasoning": "',
+        'usage"',
+        '"finish_reason":"stop"',
+        "error",
+        "role",
+        "data: [DONE]",
+        "\r\n\n",
+        "}\\",
+    ],
 )
 def test_text_that_looks_like_structure_is_text(text: str) -> None:
     done = run(ROLE, chunk({"content": text}), STOP)

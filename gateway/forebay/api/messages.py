@@ -63,6 +63,8 @@ class Message(Struct, frozen=True, kw_only=True):
     #: Each call as the client sent it.
     tool_calls: tuple[Raw, ...] | None = None
     tool_call_id: str | None = None
+    #: What the assistant thought, by this name or ``reasoning``.
+    reasoning_content: str | None = None
 
     def text(self) -> str:
         """The text of the message, its text parts joined; other parts are not represented."""

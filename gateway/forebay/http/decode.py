@@ -118,6 +118,9 @@ def chat_request(arrival: Arrival, limits: Limits) -> GenerateRequest:
     :raises RequestError: naming the field in ``param``.
     """
     parsed, fields = parse(_CHAT, arrival.body, limits)
+    if b'"reasoning"' in arrival.body:
+        body = msgspec.json.encode({**fields, "messages": _one_reasoning(fields["messages"])})
+        parsed, fields = parse(_CHAT, body, limits)
     if not parsed.messages:
         raise RequestError("must have at least one message", param="messages")
     if parsed.max_completion_tokens is not None:
@@ -145,6 +148,16 @@ def chat_request(arrival: Arrival, limits: Limits) -> GenerateRequest:
         identity=arrival.identity,
         **_common(parsed, limits, logprobs, choices=parsed.n or 1),
     )
+
+
+def _one_reasoning(messages: Raw) -> list[dict[str, Raw]]:
+    """Clients send back what they were given, by the name that their server gave it."""
+    renamed = msgspec.json.decode(messages, type=list[dict[str, Raw]])
+    for message in renamed:
+        if "reasoning" in message:
+            reasoning = message.pop("reasoning")
+            message.setdefault("reasoning_content", reasoning)
+    return renamed
 
 
 def decode_completion(arrival: Arrival, limits: Limits) -> tuple[Request, Reply]:
