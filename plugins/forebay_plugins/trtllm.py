@@ -7,19 +7,22 @@ no authentication and no answer when full: requests queue in the engine.
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import suppress
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from forebay.api import (
     AdapterKind,
     Attempt,
+    BackendFailed,
     BackendRefused,
+    CacheBatch,
     Capabilities,
     EmbedRequest,
     Endpoint,
@@ -34,6 +37,7 @@ from forebay.api import (
 from forebay_plugins.openai_operations import embed
 from forebay_plugins.openai_wire import ENGINE_NEUTRAL, OpenAIServer
 from forebay_plugins.prometheus_text import samples
+from forebay_plugins.trtllm_events import CacheEventItem, EventReader
 
 __all__ = ["TrtLlmAdapter", "TrtLlmSettings"]
 
@@ -111,6 +115,8 @@ _HARMLESS = frozenset(
         "store",
     }
 )
+#: Seconds that the server may take to hand out its cache's events: it waits up to 5 for some.
+_EVENTS_TIMEOUT = 30.0
 _NOTHING = frozenset({b"null", b"{}", b"[]"})
 #: Before the headers of timings, which a stream carries as an event behind `[DONE]`.
 _METRICS = b"event: trtllm.perf_metrics\ndata: "
@@ -137,6 +143,9 @@ class TrtLlmSettings(HttpBackendSettings, kw_only=True, frozen=True):
     `return_perf_metrics`, fresh whenever a request ends. `iterations`: `/metrics`, there with
     `enable_iter_perf_stats`, always fresh; reading takes the figures away, so nothing else, and no
     second gateway, may read that path."""
+    kv_events_interval: Annotated[float, Meta(ge=0)] = 0.0
+    """Seconds between two readings of `/kv_cache_events`, there with `event_buffer_max_size` of its
+    `kv_cache_config`; 0: not read. Reading takes the events away, as with `iterations`."""
 
 
 class Version(Struct):
@@ -251,6 +260,24 @@ class TrtLlmAdapter(OpenAIServer):
         if self.settings.load_source == "iterations":
             return self._last(await self.get_json("/metrics", list[Iteration]))
         return None
+
+    def cache_events(self) -> AsyncGenerator[CacheBatch, None] | None:
+        return self._cache_events() if self.settings.kv_events_interval else None
+
+    async def _cache_events(self) -> AsyncGenerator[CacheBatch, None]:
+        reader = EventReader()
+        while True:
+            try:
+                async with asyncio.timeout(_EVENTS_TIMEOUT):
+                    items: list[CacheEventItem] = await self.post_json(
+                        "/kv_cache_events", {}, list[CacheEventItem], Attempt()
+                    )
+            except TimeoutError:
+                raise BackendFailed("the backend does not hand out its cache's events") from None
+            batch = reader.batch(items)
+            if batch is not None:
+                yield batch
+            await asyncio.sleep(self.settings.kv_events_interval)
 
     def _gauges(self, page: bytes) -> Load | None:
         running = samples(page, "trtllm_num_requests_running")

@@ -15,7 +15,12 @@ import pytest
 from forebay.api import (
     Attempt,
     BackendBusy,
+    BackendError,
     BackendRefused,
+    BlocksRemoved,
+    BlocksStored,
+    CacheBatch,
+    CacheCleared,
     Embeddings,
     EmbedRequest,
     GenerateRequest,
@@ -211,6 +216,90 @@ async def test_load_is_not_read_where_not_wanted(server: ModuleType) -> None:
         "/v1/models",
         "/version",
     }
+
+
+def item(event_id: int, data: dict[str, Any], window: int = 4096, **more: Any) -> dict[str, Any]:
+    return {"event_id": event_id, "data": data, "window_size": window, **more}
+
+
+def storing(*hashes: int, parent: int | None = None, **more: Any) -> dict[str, Any]:
+    tokens = [{"type": "unique_token", "token_id": i, "token_extra_id": 0} for i in (5, 6)]
+    block = {"type": "stored_block", "tokens": tokens, "cache_level": 0, "priority": 35, **more}
+    blocks = [{**block, "block_hash": one} for one in hashes]
+    return {"type": "stored", "parent_hash": parent, "blocks": blocks}
+
+
+CREATED = {"type": "created", "num_blocks_per_cache_level": [100, 0]}
+MOVED = {"type": "event_diff", "new_value": 1, "old_value": 0}
+UPDATED = {"type": "updated", "block_hash": 8, "cache_level": MOVED, "priority": None}
+REMOVED = {"type": "removed", "block_hashes": [8]}
+EIGHT = BlocksStored(hashes=(8,), block_size=2, tokens=(5, 6))
+
+
+async def told(*pages: list[dict[str, Any]]) -> list[CacheBatch]:
+    """What comes of the events that each reading hands out."""
+    left = list(pages)
+
+    async def script(exchange: Exchange) -> None:
+        assert (exchange.method, exchange.path) == ("POST", "/kv_cache_events")
+        exchange.answer(200, left.pop(0))
+
+    found = []
+    async with serving(script, kv_events_interval=0.001) as (adapter, _):
+        batches = adapter.cache_events()
+        assert batches is not None
+        while len(found) < sum(map(bool, pages)):
+            found.append(await anext(batches))
+        await batches.aclose()
+    return found
+
+
+async def test_cache_events_are_read_and_come_only_once() -> None:
+    first = [item(0, CREATED), item(1, storing(8, 1 << 63)), item(2, UPDATED)]
+    one, other = await told(first, [], [item(3, storing(9, parent=8)), item(4, REMOVED)])
+    chained = msgspec.structs.replace(EIGHT, hashes=(1 << 63,), parent=8)
+    assert one == CacheBatch(events=(EIGHT, chained), sequence=2)
+    nine = msgspec.structs.replace(EIGHT, hashes=(9,), parent=8)
+    assert other == CacheBatch(events=(nine, BlocksRemoved(hashes=(8,))), sequence=4)
+
+
+@pytest.mark.parametrize("next_id", [0, 3])
+async def test_lost_cache_events_and_a_restart_withdraw_all(next_id: int) -> None:
+    first, second = await told([item(1, storing(8))], [item(next_id, storing(8))])
+    assert first.events == (EIGHT,)
+    assert second.events == (
+        CacheCleared(lost=f"event 2 was awaited, {next_id} came"),
+        EIGHT,
+    )
+
+
+async def test_only_the_longest_window_of_the_first_rank_is_followed() -> None:
+    (short, *_) = windows = await told(
+        [item(0, CREATED, 512), item(1, CREATED), item(2, storing(7), 512), item(3, REMOVED, 512)],
+        [item(4, storing(8)), item(4, storing(9), attention_dp_rank=1)],
+        [item(5, storing(8, cache_salt="s"), 8192)],
+    )
+    assert short.events == ()
+    assert windows[1].events == (EIGHT,)
+    (withdrawn, salted) = windows[2].events
+    assert isinstance(withdrawn, CacheCleared)
+    assert "longer" in withdrawn.lost
+    assert salted == msgspec.structs.replace(EIGHT, extra_keys=(("s",),))
+
+
+async def test_cache_events_that_cannot_be_read(server: ModuleType) -> None:
+    for status, page in ((404, {"detail": "Not Found"}), (200, [{"event_id": 1, "data": {}}])):
+
+        async def script(exchange: Exchange, status: int = status, page: Any = page) -> None:
+            exchange.answer(status, page)
+
+        async with serving(script, kv_events_interval=1) as (adapter, _):
+            batches = adapter.cache_events()
+            assert batches is not None
+            with pytest.raises(BackendError):
+                await anext(batches)
+    async with serving(server.serve) as (adapter, _):
+        assert adapter.cache_events() is None
 
 
 async def test_embeddings() -> None:
