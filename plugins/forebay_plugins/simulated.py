@@ -46,6 +46,8 @@ from forebay_plugins import simulated_operations as operations
 
 __all__ = ["Failures", "SimulatedAdapter", "SimulatedSettings"]
 
+#: ``max_tokens`` of /v1/completions where none is given, by OpenAI's documentation.
+COMPLETION_TOKENS = 16
 #: Tokens in a block of the prefix cache.
 BLOCK = 16
 _WORDS = (
@@ -89,7 +91,7 @@ class SimulatedSettings(BackendSettings, kw_only=True, frozen=True):
     overhead: float = 0.0
     """Seconds that each request takes besides."""
     answer_tokens: int = 64
-    """Length of an answer whose client sets no limit, and of the longest."""
+    """Length of a chat answer whose client sets no limit, and of the longest of all."""
     cache_tokens: int = 0
     """Prompt tokens that the prefix cache holds, in blocks of 16; 0: no cache."""
     failures: Failures = Failures()
@@ -128,6 +130,9 @@ class SimulatedAdapter(Adapter):
             if mishap == "error":
                 raise BackendFailed("the simulated backend failed")
             prefilled = perf_counter()
+            if request.echo:
+                for index in range(request.choices):
+                    yield Delta(index, _echoed(request.prompts[index // request.n]))
             pieces, reason = _answer(request, prompt, self._settings.answer_tokens)
             for number, piece in enumerate(pieces, 1):
                 await self._step(number, mishap)
@@ -259,6 +264,8 @@ def _answer(
 ) -> tuple[list[str], FinishReason]:
     """The words of the answer, and why it ends."""
     limit = request.sampling.max_tokens
+    if limit is None and request.endpoint == "completions":
+        limit = COMPLETION_TOKENS
     length = longest if limit is None else min(limit, longest)
     start = zlib.crc32(repr(prompt).encode())
     words = [_WORDS[(start + number * number) % len(_WORDS)] for number in range(length)]
@@ -271,6 +278,10 @@ def _answer(
             pieces = [*pieces[:-1], pieces[-1][:-cut]] if cut < len(pieces[-1]) else pieces[:-1]
         return pieces or [""], "stop"
     return pieces or [""], "stop" if length == longest else "length"
+
+
+def _echoed(prompt: str | tuple[int, ...]) -> str:
+    return f"{prompt} " if isinstance(prompt, str) else ""
 
 
 def _duration(tokens: int, rate: float) -> float:

@@ -15,6 +15,9 @@ _COMMANDS = {
     "backends": Command("forebay.cli.backends:backends", "Show the backends of a running gateway."),
     "explain": Command("forebay.cli.explain:explain", "Show why a request went where it went."),
     "plugins": Command("forebay.cli.plugins:plugins", "Show what is installed, and what failed."),
+    "conformance": Command(
+        "forebay.cli.conformance:conformance", "Check what a backend keeps of the promises."
+    ),
     "model": Command("forebay.cli.model:model", "Fetch models for the native engine."),
     "key": Command("forebay.cli.key:key", "Make API keys."),
     "version": Command("forebay.cli.version:version", "Show the version."),

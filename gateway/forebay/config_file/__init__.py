@@ -25,6 +25,7 @@ __all__ = [
     "load",
     "masked",
     "parse",
+    "read_settings",
     "read_tree",
     "wanted_plugins",
     "warnings",
@@ -91,6 +92,14 @@ def read_tree(path: Path) -> Tree:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     return _document(text, str(path))
+
+
+def read_settings(text: str) -> Tree:
+    """YAML text with a mapping as plain, unchecked data.
+
+    :raises ConfigError: it is not YAML.
+    """
+    return _document(text, "the setting")
 
 
 def wanted_plugins(tree: Tree) -> list[str] | None:
