@@ -30,13 +30,20 @@ from forebay.api import (
 )
 from forebay.cli import conformance as command
 from forebay.cli import main
+from forebay.config import Logging
 from forebay.conformance import CHECKS, Check, Report, Result, Subject, examine, markdown
-from forebay.conformance.examination import judge
+from forebay.conformance.judging import judge
 from forebay.conformance.subject import staged
 from forebay.loader import Registry, load_plugins
+from forebay.telemetry import logs
 from forebay.testing import ScriptedServer
 
-FAST = {"decode_rate": 1000, "prefill_rate": 0, "answer_tokens": 2000}
+FAST = {"examine": False, "decode_rate": 1000, "prefill_rate": 0, "answer_tokens": 2000}
+
+
+@pytest.fixture(autouse=True)
+def _quiet(logging_as_before: None) -> None:
+    logs.configure(Logging(level="error", format="console"))
 
 
 def honest(faults: set[str]) -> Any:
@@ -49,10 +56,16 @@ def honest(faults: set[str]) -> Any:
     return module.server(faults)
 
 
+def plain(url: str) -> Subject:
+    """Not examined by the gateway itself, whose findings would get before the kit's."""
+    settings = {"examine": False}
+    return Subject(adapter="openai", target=url, settings=settings, fake=True, timeout=10)
+
+
 @asynccontextmanager
 async def examined(*faults: str) -> AsyncIterator[Subject]:
     async with ScriptedServer(honest(set(faults))) as server:
-        yield Subject(adapter="openai", target=server.url, fake=True, timeout=10)
+        yield plain(server.url)
 
 
 def checks(*names: str) -> list[Check]:
@@ -105,7 +118,7 @@ async def test_each_planted_fault_is_found_and_nothing_without_it() -> None:
     clean: set[tuple[str, str | None]] = set()
     async with (
         ScriptedServer(honest(faults)) as server,
-        staged(Subject(adapter="openai", target=server.url), load_plugins()) as stage,
+        staged(plain(server.url), load_plugins()) as stage,
     ):
         for fault, name in PLANTED:
             (check,) = checks(name)
@@ -176,7 +189,11 @@ def stubbed(claims: Capabilities = Stub.claims) -> Registry:
 
 
 async def verdict_of(check: str, claims: Capabilities = Stub.claims) -> tuple[str, str]:
-    report = await examine(Subject(adapter="stub", timeout=5), stubbed(claims), checks(check))
+    report = await examine(
+        Subject(adapter="stub", timeout=5, settings={"examine": False}),
+        stubbed(claims),
+        checks(check),
+    )
     (result,) = report.results
     return result.verdict, result.reason
 
@@ -211,11 +228,20 @@ async def test_a_report_survives_its_json_and_is_readable() -> None:
     assert "| max-tokens |" in text
 
 
+async def test_what_the_gateway_finds_out_itself_is_lacking_and_not_broken() -> None:
+    async with ScriptedServer(honest({"unguided"})) as server:
+        subject = Subject(adapter="openai", target=server.url, timeout=20)
+        report = await examine(subject, load_plugins(), checks("guidance.json-schema"))
+    (result,) = report.results
+    assert result.verdict == "lacking"
+    assert "schema" not in report.claims
+
+
 Run = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, logging_as_before: None) -> Run:
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     """`forebay conformance …`: its exit code, and what it prints."""
     monkeypatch.setattr(command, "load_plugins", stubbed)
 
@@ -228,11 +254,12 @@ def run(monkeypatch: pytest.MonkeyPatch, logging_as_before: None) -> Run:
 
 
 def test_the_exit_code_tells_of_a_broken_promise(run: Run, tmp_path: Path) -> None:
-    code, output = run("--adapter", "stub", "--only", "length.one", "--only", "shapes")
+    plain_stub = ["--adapter", "stub", "--set", "examine=false"]
+    code, output = run(*plain_stub, "--only", "length.one", "--only", "shapes")
     assert code == 1
     assert "length.one\n    it has 4 tokens instead of 1" in output
     files = ["--json", str(tmp_path / "a.json"), "--markdown", str(tmp_path / "a.md")]
-    code, output = run("--adapter", "stub", "--only", "sampling.seed", "--fake", *files)
+    code, output = run(*plain_stub, "--only", "sampling.seed", "--fake", *files)
     assert code == 0
     assert "HTTP 400: seed: seeds are not supported here" in output
     report = msgspec.json.decode((tmp_path / "a.json").read_bytes(), type=Report)

@@ -7,7 +7,7 @@
 from forebay.conformance.answer import Answer, Broken, Lacking
 from forebay.conformance.check import Check, check
 from forebay.conformance.checks import CHECKS
-from forebay.conformance.examination import examine
+from forebay.conformance.judging import examine
 from forebay.conformance.report import Report, Result, Verdict, markdown, remarks
 from forebay.conformance.subject import Subject
 from forebay.conformance.talk import Talk

@@ -201,7 +201,7 @@ def _client(url: str, headers: Mapping[str, str] = {}) -> httpx.AsyncClient:
 
 
 async def _ready(operator: httpx.AsyncClient, seconds: float) -> Capabilities:
-    """What the backend can do, once it is healthy.
+    """What the backend can do, once it is healthy and the gateway has examined it.
 
     :raises NoBackend: it is not, and why.
     """
@@ -210,10 +210,18 @@ async def _ready(operator: httpx.AsyncClient, seconds: float) -> Capabilities:
     while time.monotonic() < end:
         with suppress(httpx.ConnectError):
             (backend,) = (await operator.get("/backends")).json()["backends"]
-            if backend["state"] == "healthy":
-                return msgspec.convert(backend["capabilities"], Capabilities)
-            reason = backend["reason"]
+            examination = backend["examination"] or {}
+            if backend["state"] == "healthy" and not examination.get("pending"):
+                return _upheld(backend["capabilities"], examination.get("findings", {}))
+            reason = backend["reason"] or "it is still being examined"
             if backend["state"] == "unhealthy":
                 break
         await asyncio.sleep(0.05)
     raise _not_ready(reason)
+
+
+def _upheld(claimed: dict[str, Any], findings: Mapping[str, Mapping[str, str]]) -> Capabilities:
+    """What the gateway still claims after its own examination."""
+    failed = [name for name, finding in findings.items() if finding["verdict"] == "fails"]
+    denied = dict.fromkeys(claimed.keys() & failed, False)
+    return msgspec.convert({**claimed, **denied}, Capabilities)
