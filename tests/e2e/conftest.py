@@ -146,8 +146,8 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def real(logs: Path) -> Iterator[dict[str, Server]]:
-    """llama.cpp and vLLM, running."""
+def real(logs: Path, otlp: Any) -> Iterator[dict[str, Server]]:
+    """llama.cpp and vLLM, running; vLLM exports its spans."""
     names = ["model", "llamacpp", "vllm"]
     missing = subprocess.run(
         [BACKENDS, "missing", *names], capture_output=True, text=True, check=True
@@ -155,9 +155,10 @@ def real(logs: Path) -> Iterator[dict[str, Server]]:
     if missing:
         pytest.fail(f"not installed: run scripts/backends/backends.sh install {' '.join(missing)}")
     servers = {}
+    options = {"vllm": ["--otlp-traces-endpoint", otlp.grpc_url]}
     for name, kind in (("llama", "llamacpp"), ("vllm", "vllm")):
         port = free_port()
-        command = [str(BACKENDS), "serve", kind, str(port)]
+        command = [str(BACKENDS), "serve", kind, str(port), *options.get(name, [])]
         servers[name] = Server(name, command, port, "/health", logs)
         servers[name].start()
     for server in servers.values():
@@ -168,45 +169,63 @@ def real(logs: Path) -> Iterator[dict[str, Server]]:
 
 
 @pytest.fixture(scope="session")
-def collector(logs: Path) -> Iterator[Server]:
-    """An OTLP/HTTP receiver that prints what it gets, a JSON line each, into its log."""
+def triton_gateway(otlp: Any, logs: Path) -> Iterator[Gateway]:
+    """In front of a Triton that exports spans: of one model it is told so, of the other not."""
+    if subprocess.check_output([BACKENDS, "missing", "triton"]):
+        pytest.fail("not installed: run scripts/backends/backends.sh install triton")
     port = free_port()
-    command = [sys.executable, "-u", "-m", "oteltap", "--port", str(port)]
-    server = Server("collector", command, port, "/", logs)
+    trace = {"mode": "opentelemetry", "opentelemetry,url": f"{otlp.url}/v1/traces"}
+    trace |= {"rate": "0", "level": "TIMESTAMPS"}
+    options = [f"--trace-config={name}={value}" for name, value in trace.items()]
+    trace_often = "--trace-config=opentelemetry,bsp_schedule_delay=500"  # ms; 5000 by itself
+    command = [str(BACKENDS), "serve", "triton", str(port), *options, trace_often]
+    server = Server("traced-triton", command, port, "/v2/health/ready", logs)
     server.start()
-    wait_for(lambda: _listens(port), 30, "the collector")
-    yield server
+    server.wait()
+    triton = {"adapter": "triton", "url": server.url, "chat_template": "plain"}
+    config = {
+        "backends": {
+            "triton": {**triton, "model": "ensemble"},
+            "triton-own": {**triton, "model": "vllm_model", "exports_traces": True},
+        },
+        "models": {name: {"backends": [name]} for name in ("triton", "triton-own")},
+        "tracing": {"otlp_endpoint": otlp.url},
+    }
+    gateway = Gateway("triton-gateway", config, logs)
+    gateway.start()
+    gateway.wait()
+    for name in config["models"]:
+        gateway.wait_until(name, state="healthy")
+    yield gateway
+    gateway.close()
     server.close()
 
 
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
 def backends_config(real: dict[str, Server]) -> dict[str, Any]:
+    vllm = {"adapter": "vllm", "url": real["vllm"].url, "model": MODEL}
     return {
         # One compute thread: three engines share the machine, and none may starve the others.
         "native": {"adapter": "native", "path": MODEL, "threads": 1, "max_model_len": 4096},
         "llama": {"adapter": "llamacpp", "url": real["llama"].url, "model": MODEL},
-        "vllm": {"adapter": "vllm", "url": real["vllm"].url, "model": MODEL},
+        "vllm": vllm,
+        "vllm-own": {**vllm, "exports_traces": True},
     }
 
 
 @pytest.fixture(scope="session")
-def gateway(real: dict[str, Server], collector: Server, logs: Path) -> Iterator[Gateway]:
+def gateway(real: dict[str, Server], otlp: Any, logs: Path) -> Iterator[Gateway]:
     """All three behind one model name, each behind its own, and each policy under its name."""
-    alone = {name: {"backends": [name]} for name in ALL}
+    alone = {name: {"backends": [name]} for name in (*ALL, "vllm-own")}
     by_policy = {name: {"backends": ALL, "policy": name} for name in POLICIES}
     config = {
         "backends": backends_config(real),
         "models": {MODEL: {"backends": ALL, "policy": "round_robin"}, **alone, **by_policy},
-        "tracing": {"otlp_endpoint": collector.url},
+        "tracing": {"otlp_endpoint": otlp.url},
     }
     server = Gateway("gateway", config, logs)
     server.start()
     server.wait()
-    for name in ALL:
+    for name in (*ALL, "vllm-own"):
         server.wait_until(name, state="healthy")
     yield server
     server.close()

@@ -41,6 +41,7 @@ ENSEMBLE_INPUTS = {
     "return_log_probs": "BOOL",
     "return_num_input_tokens": "BOOL",
     "return_num_output_tokens": "BOOL",
+    "return_perf_metrics": "BOOL",
     "beam_width": "INT32",
     "stream": "BOOL",
 }
@@ -49,6 +50,10 @@ ENSEMBLE_OUTPUTS = {
     "output_log_probs": "FP32",
     "num_input_tokens": "INT32",
     "num_output_tokens": "INT32",
+    "arrival_time_ns": "INT64",
+    "first_scheduled_time_ns": "INT64",
+    "first_token_time_ns": "INT64",
+    "last_token_time_ns": "INT64",
 }
 VLLM_INPUTS = {
     "text_input": "STRING",
@@ -65,6 +70,7 @@ VLLM_OUTPUTS = {
     "num_input_tokens": "UINT32",
     "num_output_tokens": "UINT32",
 }
+TIMES = ("arrival", "first_scheduled", "first_token", "last_token")
 REQUIRED = {"text_input", "max_tokens"}
 
 
@@ -89,7 +95,9 @@ def tensor(name: str, kind: Any, data: Any) -> Any:
 class Asked:
     """What a request wants, in either backend's words."""
 
-    def __init__(self, request: Any, vllm: bool) -> None:
+    def __init__(self, request: Any, vllm: bool, arrived: int) -> None:
+        #: By a clock of its own: when it came, was begun, and gave its first and last tokens.
+        self.times = dict.fromkeys(TIMES, time.monotonic_ns()) | {"arrival": arrived}
         self.prompt = value(request, "text_input", "")
         self.stream = value(request, "stream", False)
         if vllm:
@@ -130,7 +138,8 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
             sender = request.get_response_sender()
-            thread = threading.Thread(target=self.answer, args=(request, sender))
+            arrived = time.monotonic_ns()
+            thread = threading.Thread(target=self.answer, args=(request, arrived, sender))
             self.running.add(thread)
             thread.start()
 
@@ -138,9 +147,9 @@ class TritonPythonModel:
         for thread in list(self.running):
             thread.join()
 
-    def answer(self, request: Any, sender: Any) -> None:
+    def answer(self, request: Any, arrived: int, sender: Any) -> None:
         try:
-            self.generate(request, Asked(request, self.vllm), sender)
+            self.generate(request, Asked(request, self.vllm, arrived), sender)
         except Exception as error:  # noqa: BLE001 - else the client would wait for ever
             wrong = isinstance(error, ValueError)
             code = pb.TritonError.INVALID_ARG if wrong else pb.TritonError.INTERNAL
@@ -159,6 +168,9 @@ class TritonPythonModel:
             if asked.prompt == "break" and count == 2:
                 raise RuntimeError("broken in mid-stream")
             count += 1
+            asked.times["last_token"] = time.monotonic_ns()
+            if count == 1:
+                asked.times["first_token"] = asked.times["last_token"]
             text += f" {word}"
             stopped = bool(asked.stop) and text.endswith(asked.stop)
             if asked.stream:
@@ -190,4 +202,9 @@ class TritonPythonModel:
             outputs.append(tensor("num_input_tokens", np.int32, [words]))
         if value(request, "return_num_output_tokens", False):
             outputs.append(tensor("num_output_tokens", np.int32, [count]))
+        if reason and value(request, "return_perf_metrics", False):
+            outputs += [
+                tensor(f"{name}_time_ns", np.int64, [moment])
+                for name, moment in asked.times.items()
+            ]
         return pb.InferenceResponse(outputs)
