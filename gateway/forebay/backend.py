@@ -14,6 +14,7 @@ from forebay.api import (
     BackendSettings,
     BackendView,
     Capabilities,
+    GenerateRequest,
     Load,
     Request,
 )
@@ -121,7 +122,8 @@ class Backend:
         if request.endpoint not in able.endpoints:
             return f"does not serve {request.endpoint}"
         if request.needs_multimodal and not able.multimodal:
-            return "takes text only"
+            part = request.media if isinstance(request, GenerateRequest) else ""
+            return f"takes text only, and no part of type {part!r}"
         if request.extra and not able.extra_fields:
             return f"does not know the field {request.extra[0]!r}"
         if 0 < able.max_choices < request.choices // max(1, len(request.prompts)):

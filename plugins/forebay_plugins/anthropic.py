@@ -70,6 +70,7 @@ class AnthropicAdapter(HttpServer):
         return Capabilities(
             endpoints=frozenset({"chat"}),
             tools=True,
+            multimodal=True,
             extra_fields=False,
             max_choices=1,
             max_context=self.settings.max_context,

@@ -12,7 +12,8 @@ from typing import Any
 
 import msgspec
 
-from forebay.api import BackendRefused, GenerateRequest, Message
+from forebay.api import BackendRefused, ContentPart, GenerateRequest, Message
+from forebay_plugins.message_parts import image_of, parts_of
 
 __all__ = ["body_of"]
 
@@ -104,19 +105,30 @@ def _messages(messages: tuple[Message, ...]) -> tuple[str, list[Block]]:
 def _blocks(message: Message) -> list[Block]:
     if message.role == "function":
         raise refused("messages", "a message of role function is not known; use role tool")
-    text = _text(message)
     if message.role == "tool":
         if not message.tool_call_id:
             raise refused("messages", "a message of role tool needs its tool_call_id")
-        result = {"type": "tool_result", "tool_use_id": message.tool_call_id, "content": text}
-        return [result]
-    blocks: list[Block] = [{"type": "text", "text": text}] if text else []
+        text = _text(message)
+        return [{"type": "tool_result", "tool_use_id": message.tool_call_id, "content": text}]
+    # It refuses texts without a character.
+    parts = [part for part in parts_of(message) if part.type != "text" or part.text]
+    blocks = [_block(part) for part in parts]
     return blocks + [_call(msgspec.json.decode(call)) for call in message.tool_calls or ()]
+
+
+def _block(part: ContentPart) -> Block:
+    if part.type == "text":
+        return {"type": "text", "text": part.text or ""}
+    image = image_of(part, "Anthropic")
+    if isinstance(image, str):
+        return {"type": "image", "source": {"type": "url", "url": image}}
+    source = {"type": "base64", "media_type": image.media_type, "data": image.data}
+    return {"type": "image", "source": source}
 
 
 def _text(message: Message) -> str:
     if isinstance(message.content, tuple) and any(p.type != "text" for p in message.content):
-        raise refused("messages", "parts that are not text are not translated")
+        raise refused("messages", "only the user's messages may hold parts that are not text")
     return message.text()
 
 

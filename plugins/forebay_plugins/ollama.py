@@ -114,6 +114,8 @@ class OllamaAdapter(HttpServer):
             tools=able is None or "tools" in able,
             schema=True,
             logprobs=True,
+            # Images for a model without would be passed over in silence.
+            multimodal=able is not None and "vision" in able,
             extra_fields=False,
             max_choices=1,
             max_context=self.settings.num_ctx or await self._loaded_context(tag),

@@ -19,6 +19,7 @@ from forebay.api import (
     TokenLogprob,
     ToolCallDelta,
 )
+from forebay_plugins.message_parts import Inline, image_of, parts_of
 
 __all__ = ["Line", "Reader", "body_of", "embed_body"]
 
@@ -166,8 +167,9 @@ def _refuse(request: GenerateRequest) -> None:
 def _message(message: Message) -> dict[str, object]:
     role = "system" if message.role == "developer" else message.role
     said: dict[str, object] = {"role": role, "content": message.text()}
-    if isinstance(message.content, tuple) and any(p.type != "text" for p in message.content):
-        raise refused("messages", "parts that are not text are not translated")
+    images = [image_of(part, "Ollama") for part in parts_of(message) if part.type != "text"]
+    if images:
+        said["images"] = [_bytes(image) for image in images]
     if message.reasoning_content:
         said["thinking"] = message.reasoning_content
     if message.tool_calls is not None:
@@ -178,6 +180,12 @@ def _message(message: Message) -> dict[str, object]:
     if message.name is not None and role == "tool":
         said["tool_name"] = message.name
     return said
+
+
+def _bytes(image: Inline | str) -> str:
+    if isinstance(image, str):
+        raise refused("messages", "it fetches no images; send them as data:image/...;base64,...")
+    return image.data
 
 
 def _past_call(call: Mapping[str, Any]) -> dict[str, object]:

@@ -267,6 +267,13 @@ async def test_what_no_backend_can_do_is_said_with_the_reason(serve_gateway) -> 
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "unsupported"
     assert "a cannot call tools" in response.json()["error"]["message"]
+    sound = {"type": "input_audio", "input_audio": {"data": "QQ==", "format": "wav"}}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "?"}, sound]}]
+    async with gateway.client() as client:
+        body = {"model": "m", "messages": messages}
+        response = await client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 400
+    assert "no part of type 'input_audio'" in response.json()["error"]["message"]
 
 
 async def test_calls_of_tools_and_their_choice_are_taken_as_they_come(serve_gateway) -> None:

@@ -232,6 +232,7 @@ async def test_headers_and_probe() -> None:
     assert found == Capabilities(
         endpoints=frozenset({"chat"}),
         tools=True,
+        multimodal=True,
         extra_fields=False,
         max_context=9,
         models=("claude",),

@@ -291,12 +291,13 @@ async def test_a_probe() -> None:
         assert found.endpoints == {"chat", "completions", "embeddings"}, (
             "an old server says nothing"
         )
+        assert not found.multimodal
         assert (found.version, found.max_context, found.slots) == ("0.40.0", 8192, 1)
         assert found.models == ("gemma:latest", "other")
         server.tags = [{"name": "gemma", "capabilities": ["completion", "vision"]}]
         found = await adapter.probe()
         assert found.endpoints == {"chat", "completions"}
-        assert (found.tools, found.multimodal, found.max_context) == (False, False, 0)
+        assert (found.tools, found.multimodal, found.max_context) == (False, True, 0)
         server.tags = [{"name": "gemma", "capabilities": ["embedding"]}]
         assert (await adapter.probe()).endpoints == {"embeddings"}
         server.version = "0.12.5"

@@ -18,6 +18,7 @@ __all__ = [
     "Finished",
     "GenerateRequest",
     "Identity",
+    "ImageUrl",
     "Message",
     "Relayed",
     "Sampling",
@@ -49,11 +50,20 @@ class Identity(Struct, frozen=True):
     tenant: str = "default"
 
 
-class ContentPart(Struct, frozen=True):
-    """One part of a multi-part message; only ``text`` parts carry ``text``."""
+class ImageUrl(Struct, frozen=True, omit_defaults=True):
+    """An image: at a URL, or within one (``data:image/png;base64,…``)."""
+
+    url: str
+    detail: str | None = None
+
+
+class ContentPart(Struct, frozen=True, omit_defaults=True):
+    """One part of a multi-part message; ``text`` parts carry ``text``, ``image_url`` parts an
+    image, and of others nothing but the type is seen."""
 
     type: str
     text: str | None = None
+    image_url: ImageUrl | None = None
 
 
 class Message(Struct, frozen=True, kw_only=True):
@@ -131,6 +141,13 @@ class GenerateRequest(Struct, frozen=True, kw_only=True):
     def choices(self) -> int:
         """Number of choices in the answer."""
         return self.n * max(1, len(self.prompts))
+
+    @property
+    def media(self) -> str:
+        """The type of the first part that is not text (``image_url``); empty if there is none."""
+        contents = (message.content for message in self.messages)
+        parts = (part for content in contents if isinstance(content, tuple) for part in content)
+        return next((part.type for part in parts if part.type != "text"), "")
 
     def openai_body(self, **changes: object) -> bytes:
         """The client's JSON body with some fields replaced; ``None`` removes a field."""
