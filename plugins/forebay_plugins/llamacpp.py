@@ -25,6 +25,7 @@ from forebay.api import (
     Timings,
     hookimpl,
 )
+from forebay_plugins.llamacpp_fields import refuse_unknown
 from forebay_plugins.llamacpp_operations import perform, served
 from forebay_plugins.openai_shape import seconds
 from forebay_plugins.openai_wire import OPENAI_NEUTRAL, OpenAIServer
@@ -41,6 +42,8 @@ class LlamaCppSettings(HttpBackendSettings, kw_only=True, frozen=True):
 
     max_tokens: int = 0
     """Limit of chat answers whose client sets none; 0: the size of a slot's context."""
+    fields: frozenset[str] = frozenset()
+    """Further request fields that this version takes; those it does not know are refused."""
 
 
 class Generation(Struct):
@@ -139,6 +142,7 @@ class LlamaCppAdapter(OpenAIServer):
         )
 
     async def changes(self, request: GenerateRequest) -> dict[str, object]:
+        refuse_unknown(request, self.settings.fields)
         schema = _schema(request) if request.endpoint == "completions" else {}
         return {**schema, **await self._limit(request), **await self._penalties(request)}
 

@@ -16,6 +16,7 @@ from msgspec import Raw
 from forebay.api import (
     Attempt,
     BackendGarbage,
+    BackendRefused,
     Capabilities,
     Event,
     Finished,
@@ -32,7 +33,7 @@ from forebay_plugins.openai_shape import decode, finish_of
 from forebay_plugins.openai_whole import WholeAnswer
 from forebay_plugins.sse import Scanner
 
-__all__ = ["ENGINE_NEUTRAL", "OPENAI_NEUTRAL", "OpenAIServer"]
+__all__ = ["ENGINE_NEUTRAL", "OPENAI_NEUTRAL", "OpenAIServer", "priority_of"]
 
 #: OpenAI's sampling fields, and the values that change nothing.
 OPENAI_NEUTRAL: Mapping[str, object] = {
@@ -193,6 +194,17 @@ def _counted(choices: list[dict[str, Any]]) -> Usage:
     parts = [message.get(part) for message in said for part in _PARTS]
     size = sum(len(msgspec.json.encode(part)) for part in parts if part)
     return Usage(prompt_tokens=0, completion_tokens=-(-size // 4), source="counted")
+
+
+def priority_of(request: GenerateRequest) -> int:
+    """``priority`` has one direction for clients, vLLM's: the lowest value is served first.
+
+    :raises BackendRefused: it is no integer.
+    """
+    try:
+        return msgspec.json.decode(request.fields["priority"], type=int)
+    except msgspec.ValidationError:
+        raise BackendRefused("must be an integer, the lowest first", param="priority") from None
 
 
 def _object(request: GenerateRequest, field: str) -> dict[str, object]:

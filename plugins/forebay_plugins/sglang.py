@@ -41,7 +41,7 @@ from forebay.api import (
 )
 from forebay_plugins.kv_events import KvEvents, KvEventSettings
 from forebay_plugins.openai_operations import embed, extras
-from forebay_plugins.openai_wire import ENGINE_NEUTRAL, OpenAIServer
+from forebay_plugins.openai_wire import ENGINE_NEUTRAL, OpenAIServer, priority_of
 from forebay_plugins.prometheus_text import samples
 
 __all__ = ["SglangAdapter", "SglangSettings"]
@@ -266,10 +266,7 @@ class SglangAdapter(OpenAIServer):
 
     async def _priority(self, request: GenerateRequest) -> int:
         """As vLLM has it, the lowest value comes first; here that depends on an argument."""
-        try:
-            priority = msgspec.json.decode(request.fields["priority"], type=int)
-        except msgspec.ValidationError:
-            raise refuse("priority", "it must be an integer") from None
+        priority = priority_of(request)
         info = await self._arguments()
         if not info.enable_priority_scheduling:
             raise refuse("priority", "it runs without `--enable-priority-scheduling`")

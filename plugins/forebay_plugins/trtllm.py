@@ -8,6 +8,7 @@ no authentication and no answer when full: requests queue in the engine.
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import suppress
@@ -35,7 +36,7 @@ from forebay.api import (
     hookimpl,
 )
 from forebay_plugins.openai_operations import embed
-from forebay_plugins.openai_wire import ENGINE_NEUTRAL, OpenAIServer
+from forebay_plugins.openai_wire import ENGINE_NEUTRAL, OpenAIServer, priority_of
 from forebay_plugins.prometheus_text import samples
 from forebay_plugins.trtllm_events import CacheEventItem, EventReader
 
@@ -62,6 +63,7 @@ _BOTH = frozenset(
         "model",
         "n",
         "presence_penalty",
+        "priority",
         "prompt_ignore_length",
         "repetition_penalty",
         "response_format",
@@ -82,8 +84,7 @@ _BOTH = frozenset(
         "user",
     }
 )
-#: What the server's request types have; `priority` has a sense of its own (0 to 1, higher first)
-#: that no client of other backends means. Source: TensorRT-LLM `serve/openai_protocol.py`.
+#: What the server's request types have. Source: TensorRT-LLM `serve/openai_protocol.py`.
 KNOWN: Mapping[Endpoint, frozenset[str]] = {
     "completions": _BOTH | {"detokenize", "prompt", "return_context_logits"},
     "chat": _BOTH
@@ -226,6 +227,8 @@ class TrtLlmAdapter(OpenAIServer):
             changes["logprobs"] = 1  # to the server 0 means none at all
         if request.stream and "stream_options" in request.fields:
             changes["stream_options"] = _stream_options(request)
+        if bytes(request.fields.get("priority", b"null")) != b"null":
+            changes["priority"] = _priority(request)
         if request.needs_tools:
             changes["tool_choice"] = _tool_choice(request)
         return changes
@@ -319,6 +322,11 @@ def _stream_options(request: GenerateRequest) -> dict[str, object]:
         raise _refusal(f"stream_options.{option}", "does not know this field")
     said.pop("include_obfuscation", None)  # padding for OpenAI's own streams: says nothing
     return {**said, "include_usage": True}
+
+
+def _priority(request: GenerateRequest) -> float:
+    """From 0 to 1 there, the highest first, and 0.5 where nothing is said."""
+    return 0.5 - math.atan(priority_of(request)) / math.pi
 
 
 def _tool_choice(request: GenerateRequest) -> object:

@@ -31,6 +31,7 @@ from forebay_plugins.openai_shape import seconds
 from forebay_plugins.openai_wire import ENGINE_NEUTRAL, OpenAIServer
 from forebay_plugins.orca import ASK, load_in
 from forebay_plugins.prometheus_text import samples
+from forebay_plugins.vllm_fields import Known, known_fields, refuse_unknown
 from forebay_plugins.vllm_operations import perform, served
 from forebay_plugins.vllm_structured import Generation, asked, constraints, generation_of
 
@@ -74,6 +75,7 @@ class VllmAdapter(OpenAIServer):
     #: What was found by asking; asked again when the server's version or models change.
     _endpoints: frozenset[Endpoint] | None = None
     _generation: Generation | None = None
+    _fields: Known | None = None
     _known: tuple[str, tuple[str, ...]] | None = None
     #: The load that an answer's header told last, and when.
     _told: Load | None = None
@@ -110,12 +112,14 @@ class VllmAdapter(OpenAIServer):
         known = (self._version, names)
         if self._endpoints is None or known != self._known:
             self._generation = None
+            self._fields = await known_fields(self)
             self._endpoints = await served(self, self.settings.model or next(iter(names), ""))
             self._known = known
         return self._endpoints
 
     async def changes(self, request: GenerateRequest) -> dict[str, object]:
         names = asked(request)
+        refuse_unknown(request, self._fields or {}, names)
         if not names:
             return {}
         if self._generation is None:
