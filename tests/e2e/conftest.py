@@ -6,6 +6,7 @@ a process group of its own, so that a test can kill one as an operator's worst d
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -146,19 +147,35 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def real(logs: Path, otlp: Any) -> Iterator[dict[str, Server]]:
-    """llama.cpp and vLLM, running; vLLM exports its spans."""
+def kv_events(logs: Path) -> dict[str, str]:
+    """Where vLLM publishes what happens in its cache, as settings of its adapter."""
+    addresses = {"kv_events": f"ipc://{logs}/kv", "kv_events_replay": f"ipc://{logs}/kv-replay"}
+    return {**addresses, "kv_events_topic": "kv"}
+
+
+@pytest.fixture(scope="session")
+def real(logs: Path, otlp: Any, kv_events: dict[str, str]) -> Iterator[dict[str, Server]]:
+    """llama.cpp and vLLM, running; vLLM exports its spans and can reset its prefix cache."""
     names = ["model", "llamacpp", "vllm"]
     missing = subprocess.run(
         [BACKENDS, "missing", *names], capture_output=True, text=True, check=True
     ).stdout.split()
     if missing:
         pytest.fail(f"not installed: run scripts/backends/backends.sh install {' '.join(missing)}")
+    publishing = {
+        "enable_kv_cache_events": True,
+        "publisher": "zmq",
+        "endpoint": kv_events["kv_events"],
+        "replay_endpoint": kv_events["kv_events_replay"],
+        "topic": kv_events["kv_events_topic"],
+    }
+    events = ["--kv-events-config", json.dumps(publishing)]
+    options = {"vllm": ["--otlp-traces-endpoint", otlp.grpc_url, *events]}
     servers = {}
-    options = {"vllm": ["--otlp-traces-endpoint", otlp.grpc_url]}
     for name, kind in (("llama", "llamacpp"), ("vllm", "vllm")):
         port = free_port()
-        command = [str(BACKENDS), "serve", kind, str(port), *options.get(name, [])]
+        serve = ["env", "VLLM_SERVER_DEV_MODE=1", str(BACKENDS), "serve"]
+        command = [*serve, kind, str(port), *options.get(name, [])]
         servers[name] = Server(name, command, port, "/health", logs)
         servers[name].start()
     for server in servers.values():
@@ -201,8 +218,8 @@ def triton_gateway(otlp: Any, logs: Path) -> Iterator[Gateway]:
     server.close()
 
 
-def backends_config(real: dict[str, Server]) -> dict[str, Any]:
-    vllm = {"adapter": "vllm", "url": real["vllm"].url, "model": MODEL}
+def backends_config(real: dict[str, Server], **events: str) -> dict[str, Any]:
+    vllm = {"adapter": "vllm", "url": real["vllm"].url, "model": MODEL, **events}
     return {
         # One compute thread: three engines share the machine, and none may starve the others.
         "native": {"adapter": "native", "path": MODEL, "threads": 1, "max_model_len": 4096},
@@ -213,12 +230,14 @@ def backends_config(real: dict[str, Server]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def gateway(real: dict[str, Server], otlp: Any, logs: Path) -> Iterator[Gateway]:
+def gateway(
+    real: dict[str, Server], kv_events: dict[str, str], otlp: Any, logs: Path
+) -> Iterator[Gateway]:
     """All three behind one model name, each behind its own, and each policy under its name."""
     alone = {name: {"backends": [name]} for name in (*ALL, "vllm-own")}
     by_policy = {name: {"backends": ALL, "policy": name} for name in POLICIES}
     config = {
-        "backends": backends_config(real),
+        "backends": backends_config(real, **kv_events),
         "models": {MODEL: {"backends": ALL, "policy": "round_robin"}, **alone, **by_policy},
         "tracing": {"otlp_endpoint": otlp.url},
     }

@@ -228,6 +228,7 @@ async def test_refusals_name_the_fault(adapter: Adapter, server: tuple[str, str]
         await collect(adapter, long)
     assert raised.value.status == 400
     assert "4096" in raised.value.message
+    assert raised.value.code == "context_length_exceeded"
     with pytest.raises(BackendRefused, match="temperature"):
         await collect(adapter, chat_request(temperature="hot"))
 
