@@ -24,7 +24,7 @@ from forebay.api import (
 
 log = structlog.get_logger("forebay.cached_blocks")
 
-#: Most blocks known of one backend: about 30 MiB, and 4 million tokens in blocks of 16.
+#: Most blocks known of one backend: about 20 MiB, and 4 million tokens in blocks of 16.
 LIMIT = 1 << 18
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ from forebay.api import (
 from forebay.cached_blocks import CachedBlocks
 from forebay.testing import adapter_context
 from forebay_plugins.kv_event_format import KvEventDecoder
-from forebay_plugins.kv_events import KvEvents, KvEventSettings
+from forebay_plugins.kv_events import KvEvents, KvEventSettings, Numbered
 from forebay_plugins.sglang import SglangAdapter, SglangSettings
 from forebay_plugins.vllm import VllmAdapter, VllmSettings
 
@@ -335,6 +336,53 @@ async def test_what_is_no_publisher_of_events(publisher: Make, free: str) -> Non
                 await heard.until(lambda: False)
 
 
+CHANGES = st.tuples(
+    st.sampled_from(["store", "store", "remove", "clear"]), st.integers(0, 3), st.booleans()
+)
+
+
+@given(changes=st.lists(CHANGES, max_size=30), kept=st.sampled_from([1, 2, 100]))
+def test_whatever_is_lost_the_view_is_never_wrong(
+    kv: ModuleType, changes: list[tuple[str, int, bool]], kept: int
+) -> None:
+    """A cache, its publisher that keeps the last messages, and a listener who misses some."""
+    numbered, view, whole = Numbered(), CachedBlocks(), True
+    history: list[set[int]] = []
+    buffer: deque[tuple[int, bytes]] = deque(maxlen=kept)
+
+    def take(number: int, payload: bytes, **replayed: bool) -> None:
+        nonlocal whole
+        batch = numbered.take(number, payload, **replayed)
+        if batch is None:
+            return
+        view.apply(batch)
+        whole &= not any(isinstance(one, CacheCleared) and one.lost for one in batch.events)
+        shown = {block for block in range(4) if block in view}
+        assert shown <= history[number]
+        assert shown == history[number] or not whole
+
+    for number, (what, block, lost) in enumerate(changes):
+        truth = history[-1] if history else set()
+        if what == "clear":
+            history.append(set())
+            event = kv.CLEARED
+        else:
+            history.append(truth | {block} if what == "store" else truth - {block})
+            event = kv.stored(block) if what == "store" else kv.removed(block)
+        buffer.append((number, msgspec.msgpack.encode([1.5, [event]])))
+        if lost:
+            continue
+        missing = numbered.misses(number)
+        if missing is not None:
+            whole &= (
+                numbered.begun or buffer[0][0] == 0
+            )  # of what was before it began it knows less
+            for old, payload in list(buffer):
+                if old >= missing:
+                    take(old, payload, replayed=True)
+        take(*buffer[-1])
+
+
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("store"), st.integers(0, 2), st.booleans()),
@@ -346,7 +394,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(steps=STEPS, kept=st.sampled_from([1, 1000]), late=st.booleans())
 def test_the_view_is_the_truth_or_less(
     kv: ModuleType, steps: list[tuple[str, int, bool]], kept: int, late: bool
