@@ -48,6 +48,8 @@ _TOO_LONG_WORDS = re.compile(
     r"|prompt is too long: \d+ tokens"  # Anthropic
     r"|the context holds \d+ tokens, but"  # our engine
 )
+#: What vLLM calls a prompt or messages that are too long.
+_NO_FIELDS = ("input_tokens", "input_text")
 #: Characters of a backend's message that are passed on.
 _LONGEST = 2000
 
@@ -112,7 +114,7 @@ def _understand(content: object) -> _Said:
     code, kind = error.get("code"), error.get("type")
     return _Said(
         message=_text(error.get("message") or error.get("detail") or ""),
-        param=_text(error.get("param") or "") or None,
+        param=_param(error.get("param")),
         code=_TOO_LONG if kind == "exceed_context_size_error" else _string(code),
         status=code if isinstance(code, int) and 400 <= code < 600 else 0,
     )
@@ -121,6 +123,11 @@ def _understand(content: object) -> _Said:
 def code_of(message: str) -> str | None:
     """OpenAI's code for a refusal in these words; None if it has none, or they are not known."""
     return _TOO_LONG if _TOO_LONG_WORDS.search(message) else None
+
+
+def _param(value: object) -> str | None:
+    """The field at fault, if it is one that a client can have sent."""
+    return None if not value or value in _NO_FIELDS else _text(value)
 
 
 def _string(value: object) -> str | None:

@@ -133,4 +133,6 @@ async def test_a_prompt_that_is_too_long_has_the_code_that_clients_know(gateway:
     async with gateway.client() as client:
         answer = await client.post("/v1/chat/completions", json=chat(user="long " * 2000))
     assert answer.status_code == 400
-    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    error = answer.json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert error["param"] is None, "the server's `input_tokens` is no field that a client knows"
