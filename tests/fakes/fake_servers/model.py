@@ -29,7 +29,7 @@ _BASE = len(_SIGNS)
 _WORDS = (
     *(" one", " two", " six", " ten", " red", " sea", " sun", " and", " the", " is", " a", " to"),
     *(" up", " we", " go", ",", ".", " river", " stone", " green"),
-    *(" wörld", " naïve", " 水", " 😀"),
+    *(" wörld", " naïve", "水", "😀"),
 )
 #: Logits of the likeliest and of what no one would say.
 _SPREAD, _NEVER = 4.0, -30.0
@@ -42,7 +42,7 @@ def tokenize(text: str) -> list[int]:
         if piece.isascii() and piece[0] in _PLACES:
             found.append(_id_of(piece))
         else:
-            found += (_BYTES + byte for byte in piece.encode())
+            found += (_BYTES + byte for byte in piece.encode(errors="replace"))
     return found
 
 
@@ -70,6 +70,8 @@ def _id_of(signs: str) -> int:
 
 
 _SAYABLE = tuple(tuple(tokenize(word)) for word in _WORDS)
+#: The first tokens of words with more than ASCII.
+_FOREIGN = tuple(tokenize(word)[0] for word in _WORDS if not word.isascii())
 
 
 class Step(NamedTuple):
@@ -106,7 +108,7 @@ class Ask:
 def walk(ask: Ask) -> Iterator[Step]:
     """The tokens of an answer; the last is :data:`EOS` if the model ends by itself."""
     digest = hashlib.blake2b(repr(ask.prompt).encode(), digest_size=8).digest()
-    length = 40 + digest[0] % 40
+    length = 600 + 2 * digest[0]
     chance = random.Random(ask.seed if ask.seed is None else f"{ask.seed}{ask.prompt}")
     said: list[int] = []
     rest = list(tokenize(ask.forced)) if ask.forced is not None else []
@@ -146,6 +148,9 @@ def _scores(ask: Ask, digest: bytes, said: list[int], length: int) -> list[tuple
     """Tokens with their logits, best first."""
     noise = hashlib.blake2b(digest + repr(said[-8:]).encode(), digest_size=32).digest()
     logits = {word[0]: _SPREAD * noise[place] / 255 for place, word in enumerate(_SAYABLE)}
+    kind = 2.5 if any(token < _TEXT and token > BOS for token in ask.prompt) else -2.5
+    for token in _FOREIGN:  # who writes in another script is answered in kind
+        logits[token] += kind
     may_end = not ask.ignore_eos and len(said) >= ask.min_tokens
     logits[EOS] = 40.0 if may_end and len(said) >= length else _NEVER
     for token in logits.keys() & set(said):

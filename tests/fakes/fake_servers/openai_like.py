@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -216,8 +217,10 @@ class OpenAIFake(FakeServer):
     async def interleaved(self, asks: Sequence[Ask]) -> AsyncIterator[tuple[int, Piece]]:
         """All choices at once, a token of each in turn."""
         going = {index: pieces(ask, self.holding) for index, ask in enumerate(asks)}
-        while going:
-            await self.tick()
+        for place in itertools.count():
+            if not going:
+                return
+            await self.tick(place)
             for index, choice in list(going.items()):
                 piece = next(choice, None)
                 if piece is None:

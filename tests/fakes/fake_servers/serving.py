@@ -29,6 +29,8 @@ __all__ = [
 ]
 
 MODEL = "gemma-3-270m"
+#: Tokens of an answer that is not long.
+_QUICK = 64
 
 
 class Refusal(Exception):
@@ -85,11 +87,11 @@ class FakeServer:
 
     routes: ClassVar[Mapping[str, str]] = {}
 
-    def __init__(self, *, context: int = 4096, slots: int = 4, pause: float = 0.0) -> None:
+    def __init__(self, *, context: int = 4096, slots: int = 4, pause: float = 0.002) -> None:
         self.model = MODEL
         #: Tokens of prompt and answer together.
         self.context = context
-        #: Seconds from one token to the next.
+        #: Seconds from one token to the next, in long answers: others need not take time.
         self.pause = pause
         self.slots = asyncio.Semaphore(slots)
         self.running = 0
@@ -167,10 +169,10 @@ class FakeServer:
             self.served += 1
             self.slots.release()
 
-    async def tick(self) -> None:
-        """The time that a token takes; here a client's leaving is noticed."""
+    async def tick(self, place: int) -> None:
+        """The time that the token at this place takes; here a client's leaving is noticed."""
         self.generated += 1
-        await asyncio.sleep(self.pause)
+        await asyncio.sleep(self.pause if place > _QUICK else 0)
 
     def chat_prompt(self, messages: list[Any]) -> tuple[int, ...]:
         """By Gemma's template, whose first token is the one that begins every prompt."""
