@@ -7,14 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fake_servers.model import EOS, Ask, Step, piece_of, walk
+from fake_servers.model import EOS, Ask, Step, piece_of, tokenize, walk
 
 __all__ = ["Holding", "Piece", "pieces", "seeded"]
 
 #: What is held back while a stop string is looked for: as many characters as the longest has, less
-#: one (vLLM, SGLang); only what may be the begin of one (llama.cpp, Ollama); nothing (TGI, whose
-#: stop strings stay in the text and count only at the end of a token).
-Holding = Literal["longest", "begin", "nothing"]
+#: one (vLLM, SGLang); only what may be the begin of one (llama.cpp, Ollama); nothing, so that it
+#: stays in the text and counts only where a token ends with it (``ends``: TGI), or only where it
+#: comes as the very tokens that it is by itself (``tokens``: TensorRT-LLM).
+Holding = Literal["longest", "begin", "ends", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,18 @@ def seeded(ask: Ask, index: int) -> Ask:
     return ask if ask.seed is None or not index else replace(ask, seed=ask.seed + index)
 
 
-def pieces(ask: Ask, holding: Holding = "longest", keep_stop: bool = False) -> Iterator[Piece]:
+def pieces(ask: Ask, holding: Holding = "longest") -> Iterator[Piece]:
     """One piece a token; the last one has the reason why it is."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    held = ""
+    held, said, read = "", "", []
     for count, step in enumerate(walk(ask), 1):
         fresh = "" if step.token == EOS else decoder.decode(piece_of(step.token))
-        text = held + fresh
-        met = _met(text, ask.stop, holding) if count >= ask.min_tokens else None
-        if met is not None:
-            stop, at = met
-            yield Piece(text[: at + len(stop)] if keep_stop else text[:at], [step], "stop", stop)
+        text, said = held + fresh, said + fresh
+        read.append(step.token)
+        stop = _stop_in(text, said, read, ask, holding) if count >= ask.min_tokens else None
+        if stop is not None:
+            shown = text if holding in ("ends", "tokens") else text[: text.index(stop)]
+            yield Piece(shown, [step], "stop", stop)
             return
         if step.token == EOS:
             yield Piece(text, [step], "stop")
@@ -60,18 +62,23 @@ def pieces(ask: Ask, holding: Holding = "longest", keep_stop: bool = False) -> I
         yield Piece(text[: len(text) - keep], [step])
 
 
-def _met(text: str, stops: Sequence[str], holding: Holding) -> tuple[str, int] | None:
-    """The stop string that comes first, and where."""
-    if holding == "nothing":
-        return next(((stop, len(text)) for stop in stops if text.endswith(stop)), None)
-    found = [(text.find(stop), stop) for stop in stops if stop in text]
-    return (min(found)[1], min(found)[0]) if found else None
+def _stop_in(
+    text: str, said: str, read: Sequence[int], ask: Ask, holding: Holding
+) -> str | None:
+    """The stop string that comes first."""
+    if holding == "ends":
+        return next((stop for stop in ask.stop if said.endswith(stop)), None)
+    if holding == "tokens":
+        wanted = [(stop, tokenize(stop)) for stop in ask.stop]
+        return next((stop for stop, ids in wanted if list(read[-len(ids) :]) == ids), None)
+    found = [(text.index(stop), stop) for stop in ask.stop if stop in text]
+    return min(found)[1] if found else None
 
 
 def _kept(text: str, stops: Sequence[str], holding: Holding) -> int:
     """Characters at the text's end that must wait."""
     longest = max(map(len, stops), default=1) - 1
-    if holding == "nothing":
+    if holding in ("ends", "tokens"):
         return 0
     if holding == "longest":
         return min(longest, len(text))

@@ -1,8 +1,9 @@
 """SGLang 0.5.23's OpenAI server, started with a tool parser, metrics and priority scheduling.
 
 Read in its wheel: ``entrypoints/openai/{protocol,serving_*}.py`` (shapes and order of events),
-``sampling/sampling_params.py`` (bounds, and their sentences), ``managers/tokenizer_manager.py`` (prompts that are too long), ``entrypoints/http_server.py``
-(routes, validation errors). Nobody drove the real one here.
+``sampling/sampling_params.py`` (bounds, and their sentences), ``managers/tokenizer_manager.py``
+(prompts that are too long), ``entrypoints/http_server.py`` (routes, validation errors). Nobody
+drove the real one here.
 """
 
 from __future__ import annotations
@@ -161,6 +162,10 @@ class Sglang(OpenAIFake):
                 found.append({"type": "value_error", "loc": loc, "msg": said, "input": value})
         if found:
             raise Refusal(400, str(found), "Bad Request")
+        self.check_words(body, chat)
+        self.check_sampling(body)
+
+    def check_words(self, body: dict[str, Any], chat: bool) -> None:
         if chat and not body["messages"]:
             raise Refusal(400, "Messages cannot be empty.")
         if not chat and not body["prompt"]:
@@ -170,6 +175,8 @@ class Sglang(OpenAIFake):
         if isinstance(body.get("tool_choice"), dict) and named_tool(body) is None:
             name = body["tool_choice"].get("function", {}).get("name")
             raise Refusal(400, f"Tool '{name}' not found in tools list.")
+
+    def check_sampling(self, body: dict[str, Any]) -> None:
         if isinstance(body.get("n"), int) and body["n"] < 1:
             raise Refusal(400, f"n must be at least 1, got {body['n']}.")
         for name, right, said in _BOUNDS:
