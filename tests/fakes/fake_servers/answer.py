@@ -62,9 +62,7 @@ def pieces(ask: Ask, holding: Holding = "longest") -> Iterator[Piece]:
         yield Piece(text[: len(text) - keep], [step])
 
 
-def _stop_in(
-    text: str, said: str, read: Sequence[int], ask: Ask, holding: Holding
-) -> str | None:
+def _stop_in(text: str, said: str, read: Sequence[int], ask: Ask, holding: Holding) -> str | None:
     """The stop string that comes first."""
     if holding == "ends":
         return next((stop for stop in ask.stop if said.endswith(stop)), None)

@@ -24,6 +24,10 @@ __all__ = ["LlamaCpp", "LlamaCppEmbedding", "LlamaCppReranking"]
 
 _SIGNS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 _FINGERPRINT = "b0-unknown"
+_NUMBERS = (
+    *("temperature", "top_p", "top_k", "min_p", "max_tokens", "max_completion_tokens", "n_predict"),
+    *("seed", "n", "presence_penalty", "frequency_penalty", "repeat_penalty"),
+)
 
 
 class LlamaCppWriter(Writer):
@@ -186,8 +190,9 @@ class LlamaCpp(OpenAIFake):
     }
 
     async def elsewhere(self, exchange: Exchange, path: str) -> None:
-        """404 for a method that is not served, too."""
-        raise Refusal(404, "File Not Found", "not_found_error")
+        """404 for a method that is not served, too, with its keys in another order."""
+        error = {"message": "File Not Found", "type": "not_found_error", "code": 404}
+        reply(exchange, 404, {"error": error}, _JSON)
 
     def refuse(self, exchange: Exchange, refusal: Refusal) -> None:
         kinds = {500: "server_error", 501: "not_supported_error", 503: "unavailable_error"}
@@ -206,23 +211,60 @@ class LlamaCpp(OpenAIFake):
         return content if isinstance(content, dict) else {}
 
     def check(self, body: dict[str, Any], chat: bool) -> None:
+        """What is out of all sense passes: a temperature below 0 is greedy, as 0 is."""
         required = "messages" if chat else "prompt"
         if required not in body:
             raise Refusal(400, f"'{required}' is required" if chat else '"prompt" must be provided')
         if chat and not isinstance(body["messages"], list):
             raise Refusal(400, "Expected 'messages' to be an array")
-        if chat and body.get("tools") and body.get("grammar"):
+        if body[required] == [] and not chat:
+            raise Refusal(400, '"prompt" must not be empty')
+        if chat:
+            self.check_chat(body)
+        for name in _NUMBERS:
+            if body.get(name) is not None and not isinstance(body[name], (int, float)):
+                kind = "string" if isinstance(body[name], str) else "array"
+                message = f"[json.exception.type_error.302] type must be number, but is {kind}"
+                raise Refusal(400, f"Field '{name}': {message}")
+        if body.get("n") is not None and not 1 <= body["n"] <= 4:
+            message = f"Field 'n': Value must be between 1 <= value <= 4, but got {body['n']}"
+            raise Refusal(400, message)
+        self.tolerate(body)
+
+    def check_chat(self, body: dict[str, Any]) -> None:
+        if body.get("tools") and body.get("grammar"):
             raise Refusal(400, "Cannot use custom grammar constraints with tools.")
-        if chat and body.get("logprobs") and body.get("tools") and body.get("stream"):
+        if body.get("logprobs") and body.get("tools") and body.get("stream"):
             raise Refusal(400, "logprobs is not supported with tools + stream")
-        if chat and body.get("top_logprobs") and not body.get("logprobs"):
+        if body.get("top_logprobs") and not body.get("logprobs"):
             raise Refusal(400, "top_logprobs requires logprobs to be set to true")
-        if (
-            chat
-            and body.get("tool_choice") not in (None, "auto", "none", "required")
-            and (isinstance(body["tool_choice"], str))
-        ):
-            raise Refusal(400, f"Invalid tool_choice: {body['tool_choice']}")
+        for tool in body.get("tools") or ():
+            if "name" not in tool.get("function", {}):
+                shown = json.dumps(body["tools"], indent=2)
+                message = "Failed to parse tools: [json.exception.out_of_range.403] key 'name' not"
+                raise Refusal(500, f"{message} found; tools = {shown}")
+        choice = body.get("tool_choice")
+        if isinstance(choice, str) and choice not in ("auto", "none", "required"):
+            raise Refusal(400, f"Invalid tool_choice: {choice}")
+
+    def tolerate(self, body: dict[str, Any]) -> None:
+        """Put right what the server itself takes without a word."""
+        if (body.get("temperature") or 0) < 0:
+            body["temperature"] = 0
+        if (body.get("top_p") or 0) > 1:
+            body["top_p"] = 1
+        for name in ("max_tokens", "max_completion_tokens", "n_predict"):
+            if body.get(name) == 0:
+                body[name] = 1
+            elif (body.get(name) or 0) < 0:
+                body[name] = None
+        if body.get("n_predict") and not body.get("max_tokens"):
+            body["max_tokens"] = body["n_predict"]
+        limit = body.get("max_completion_tokens") or body.get("max_tokens")
+        if limit and limit > self.context:
+            body["max_tokens"] = body["max_completion_tokens"] = None
+        bias = body.get("logit_bias") or {}
+        body["logit_bias"] = {key: bias[key] for key in bias if key.lstrip("-").isdecimal()}
 
     def constraint(self, body: dict[str, Any]) -> str | None:
         format_ = body.get("response_format") or {}
@@ -246,7 +288,8 @@ class LlamaCpp(OpenAIFake):
         except Impossible as why:
             if "grammar" in body:
                 raise Refusal(400, "Failed to parse grammar") from None
-            message = f"JSON schema conversion failed:\n{why}"
+            message = "Unable to generate parser for this template. Automatic parser generation"
+            message += f" failed: JSON schema error at #: {why}"
             raise Refusal(400, message) from None
 
     def called(self, body: dict[str, Any]) -> str | None:

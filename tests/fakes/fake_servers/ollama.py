@@ -87,7 +87,9 @@ class OllamaWriter(Writer):
 
     def counts(self) -> dict[str, Any]:
         usage = self.usage()
-        return {name: usage[name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+        return {
+            name: usage[name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")
+        }
 
     def whole(self, answers: Mapping[int, Sequence[Piece]]) -> dict[str, Any]:
         ((_, said),) = answers.items()
@@ -346,6 +348,8 @@ class Ollama(OpenAIFake):
         if not chat and not isinstance(body.get("prompt"), str):
             where = "Go struct field CompletionRequest.prompt of type string"
             raise Refusal(400, f"json: cannot unmarshal array into {where}")
+        if not chat and not body["prompt"]:
+            body = {**body, "prompt": " "}
         (ask,) = super().asks(body, chat, forced)
         return [replace(ask, prompt=ask.prompt[-self.context + 1 :])]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from fake_servers.answer import Holding, Piece, pieces
 from fake_servers.constraint import Impossible, by_grammar, by_regex, by_schema
@@ -172,7 +172,9 @@ class Triton(FakeServer):
         required = ["text_input", "max_tokens"] if model is _ENSEMBLE else ["text_input"]
         missing = [name for name in required if name not in given]
         if missing:
-            message = f"[request id: <id_unknown>] expected number of inputs between {len(required)}"
+            message = (
+                f"[request id: <id_unknown>] expected number of inputs between {len(required)}"
+            )
             message += f" and {len(kinds)} but got {len(given)} inputs for model '{model['name']}'."
             message += f" Got input(s) {sorted(given)}, but missing required input(s) {missing}."
             raise Refusal(400, f"{message} Please provide all required input(s).")
@@ -190,7 +192,9 @@ class Triton(FakeServer):
         """TensorRT-LLM's sentence, and vLLM's."""
         if model is _ENSEMBLE:
             message = f"[TensorRT-LLM][ERROR] Assertion failed: Prompt length ({prompt}) and max"
-            return f"{message} tokens ({wanted}) exceed the maximum sequence length ({self.context})"
+            return (
+                f"{message} tokens ({wanted}) exceed the maximum sequence length ({self.context})"
+            )
         message = f"The decoder prompt (length {prompt}) is longer than the maximum model length of"
         return f"Error generating stream: {message} {self.context}."
 
@@ -319,7 +323,9 @@ class Triton(FakeServer):
         except ValueError as wrong:
             raise Refusal(400, f"failed to parse the request JSON buffer: {wrong}") from None
         if not body.get("inputs"):
-            message = "expected 1 inputs but got 0 inputs for model 'embedder'. Got input(s) [], but"
+            message = (
+                "expected 1 inputs but got 0 inputs for model 'embedder'. Got input(s) [], but"
+            )
             message += " missing required input(s) ['text']. Please provide all required input(s)."
             raise Refusal(400, f"[request id: <id_unknown>] {message}")
         tensor = body["inputs"][0]
@@ -342,7 +348,7 @@ class Triton(FakeServer):
         shape = tensor["shape"]
         if len(shape) != 2 or shape[1] != 1:
             shown = ",".join(map(str, shape))
-            message = f"unexpected shape for input 'text' for model 'embedder'. Expected [-1,1], got"
+            message = "unexpected shape for input 'text' for model 'embedder'. Expected [-1,1], got"
             raise Refusal(400, f"{unknown} {message} [{shown}].")
         if shape[0] > _BATCH:
             message = f"inference request batch-size must be <= {_BATCH} for 'embedder'"
