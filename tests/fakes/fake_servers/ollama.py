@@ -203,7 +203,10 @@ class Ollama(OpenAIFake):
         prompt = self.chat_prompt(body.get("messages") or [])
         ask, tool = self.native_ask(body, prompt), None
         for offered in body.get("tools") or ():
-            function = offered["function"]
+            function = {
+                "name": "",
+                **(offered.get("function") or {}),
+            }  # Go's zero, if there is none
             if calls_named(body["messages"], function["name"]):
                 tool = function["name"]
                 forced = by_schema(function.get("parameters") or {"type": "object"})
@@ -328,6 +331,8 @@ class Ollama(OpenAIFake):
             del body[name]
         if chat and not body.get("messages"):
             raise Refusal(400, "[] is too short - 'messages'")
+        for tool in body.get("tools") or ():
+            tool["function"] = {"name": "", **(tool.get("function") or {})}
         body.setdefault("temperature", 1.0)
         body.setdefault("top_p", 1.0)
         body["stop"] = list(stops_of(body))

@@ -193,4 +193,4 @@ def text_of(message: Mapping[str, Any]) -> str:
 def calls_named(messages: list[Any], name: str) -> bool:
     """A user who says «call NAME» moves a model to do it of its own accord."""
     said = text_of(messages[-1]) if messages else ""
-    return re.search(rf"\bcall {re.escape(name)}\b", said) is not None
+    return bool(name) and re.search(rf"\bcall {re.escape(name)}\b", said) is not None

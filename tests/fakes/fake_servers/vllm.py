@@ -8,6 +8,7 @@ embeddings, ranking and scores (``entrypoints/pooling``), the 503 of a full queu
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -323,8 +324,16 @@ class Vllm(OpenAIFake):
         reply(exchange, 200, page.encode(), {"content-type": "text/plain; version=0.0.4"})
 
     async def openapi(self, exchange: Exchange) -> None:
+        """The routes that it has, and the fields that it knows."""
         posts = [route.split()[1] for route in self.routes if route.startswith("POST")]
-        reply(exchange, 200, {"openapi": "3.1.0", "paths": {path: {"post": {}} for path in posts}})
+        fields = json.loads(Path(__file__).parents[1].joinpath("vllm_fields.json").read_text())
+        schemas = {
+            name: {"type": "object", "properties": dict.fromkeys(names, {})}
+            for name, names in fields.items()
+        }
+        paths: dict[str, Any] = {path: {"post": {}} for path in posts}
+        content = {"openapi": "3.1.0", "paths": paths, "components": {"schemas": schemas}}
+        reply(exchange, 200, content)
 
     async def tokenize(self, exchange: Exchange) -> None:
         body = self.body(exchange)
