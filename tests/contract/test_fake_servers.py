@@ -1,4 +1,4 @@
-"""The model behind the fake servers is one: tokens, chance, constraints and ends are what they say."""
+"""The model behind the fake servers is one: tokens, chance and constraints are what they say."""
 
 from __future__ import annotations
 

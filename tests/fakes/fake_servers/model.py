@@ -153,13 +153,18 @@ def _scores(ask: Ask, digest: bytes, said: list[int], length: int) -> list[tuple
         logits[token] += kind
     may_end = not ask.ignore_eos and len(said) >= ask.min_tokens
     logits[EOS] = 40.0 if may_end and len(said) >= length else _NEVER
+    if (ask.frequency_penalty, ask.presence_penalty, ask.repetition_penalty) != (0, 0, 1):
+        _penalise(ask, logits, said)
+    for token, bias in ask.logit_bias.items():
+        logits[token] = logits.get(token, 0.0) + bias
+    return sorted(logits.items(), key=lambda pair: (-pair[1], pair[0]))
+
+
+def _penalise(ask: Ask, logits: dict[int, float], said: list[int]) -> None:
     for token in logits.keys() & set(said):
         logits[token] -= ask.frequency_penalty * said.count(token) + ask.presence_penalty
         change = ask.repetition_penalty
         logits[token] = logits[token] / change if logits[token] > 0 else logits[token] * change
-    for token, bias in ask.logit_bias.items():
-        logits[token] = logits.get(token, 0.0) + bias
-    return sorted(logits.items(), key=lambda pair: (-pair[1], pair[0]))
 
 
 def _chosen(ask: Ask, scores: list[tuple[int, float]], chance: random.Random) -> int:

@@ -328,7 +328,7 @@ class Vllm(OpenAIFake):
         posts = [route.split()[1] for route in self.routes if route.startswith("POST")]
         fields = json.loads(Path(__file__).parents[1].joinpath("vllm_fields.json").read_text())
         schemas = {
-            name: {"type": "object", "properties": dict.fromkeys(names, {})}
+            name: {"type": "object", "properties": {field: {} for field in names}}
             for name, names in fields.items()
         }
         paths: dict[str, Any] = {path: {"post": {}} for path in posts}
