@@ -163,6 +163,11 @@ async def ollama_server(exchange: Exchange) -> None:
         exchange.answer(200, {"version": "0.40.0"})
     elif exchange.method == "GET":
         exchange.answer(200, {"models": [{"name": "gemma3:270m"}]})
+    elif exchange.path == "/api/embed":
+        vectors = [[0.5, 1.0]]
+        exchange.answer(
+            200, {"model": "gemma3:270m", "embeddings": vectors, "prompt_eval_count": 4}
+        )
     else:
         exchange.begin("application/x-ndjson")
         for word in ("one", " two"):
@@ -340,3 +345,43 @@ async def test_our_own_engines_spans_join(
     assert (request.service, request.name) == ("forebay-engine", "engine.request")
     assert [span.name for span in spans if span.parent == request.id] == list(ALL)
     assert len(spans) == 7
+
+
+PROMPT = {"model": "m", "prompt": "Hi", "max_tokens": 8}
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "body", "operation"),
+    [
+        ("vllm", "/v1/completions", PROMPT, "text_completion"),
+        ("vllm", "/tokenize", {"model": "m", "prompt": "Hi"}, "tokenize"),
+        ("llamacpp", "/detokenize", {"model": "m", "tokens": [1]}, "detokenize"),
+        ("ollama", "/v1/embeddings", {"model": "m", "input": "Hi"}, "embeddings"),
+        ("tgi", "/v1/completions", PROMPT, "text_completion"),
+    ],
+)
+async def test_every_operation_passes_the_trace_on(
+    name: str,
+    path: str,
+    body: dict[str, Any],
+    operation: str,
+    serve_gateway: Any,
+    otlp: Any,
+    load_fake: Callable[[str], ModuleType],
+) -> None:
+    async with (
+        upstream(name, load_fake) as server,
+        gateway_for(name, server, serve_gateway, otlp.url) as gateway,
+    ):
+        trace = await ask(gateway, body, path)
+    (attempt,) = [span for span in otlp.trace(trace) if span.kind == "CLIENT"]
+    assert attempt.name == f"{operation} m"
+    assert attempt.attributes["gen_ai.operation.name"] == operation
+    assert server is not None
+    (sent,) = [e.headers["traceparent"] for e in server.exchanges if "traceparent" in e.headers]
+    assert sent == f"00-{trace}-{attempt.id}-01"
+    if operation == "embeddings":
+        assert attempt.attributes["gen_ai.response.model"] == "gemma3:270m"
+        assert attempt.attributes["gen_ai.usage.input_tokens"] == 4
+    if name == "tgi":  # its native answers name no model: the one that it serves
+        assert attempt.attributes["gen_ai.response.model"] == "google/gemma-3-270m"
