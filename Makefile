@@ -31,8 +31,8 @@ format: set-up-dev ## format the code and fix what can be fixed
 docs: set-up-dev ## write docs/configuration.md from the types
 	$(BIN)/python scripts/generate_config_docs.py
 
-e2e: set-up-dev model ## install real llama.cpp, vLLM and Triton if need be, and drive them through Forebay
-	scripts/backends/backends.sh install model llamacpp vllm triton
+e2e: set-up-dev model ## install real servers and clients if need be, and drive them through Forebay
+	scripts/backends/backends.sh install model llamacpp vllm triton clients
 	$(BIN)/pytest -m e2e -v tests/e2e $(ARGS)
 
 bench: set-up-dev ## measure the relay beside Envoy and vllm-router

