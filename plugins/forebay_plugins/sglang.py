@@ -6,7 +6,7 @@ by prefix, so that ending `req-1` would end `req-10` as well.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import msgspec
@@ -32,6 +32,8 @@ from forebay.api import (
     Ranking,
     RerankRequest,
     Result,
+    ScoreRequest,
+    Scores,
     Text,
     Timings,
     TokenizeRequest,
@@ -195,7 +197,7 @@ class SglangAdapter(OpenAIServer):
     def _endpoints(self, info: ServerInfo) -> frozenset[Endpoint]:
         served: set[Endpoint] = {"tokenize", "detokenize"}
         if self.settings.rerank:
-            served.add("rerank")
+            served |= {"rerank", "score"}
         if info.is_embedding:
             return frozenset(served | {"embeddings"})
         return frozenset(served | {"chat", "completions"})
@@ -277,6 +279,8 @@ class SglangAdapter(OpenAIServer):
             return await embed(self, request, attempt)
         if isinstance(request, RerankRequest):
             return await self._rerank(request, attempt)
+        if isinstance(request, ScoreRequest):
+            return await self._score(request, attempt)
         if isinstance(request, TokenizeRequest):
             return await self._tokenize(request, attempt)
         if isinstance(request, DetokenizeRequest):
@@ -286,20 +290,37 @@ class SglangAdapter(OpenAIServer):
         raise Unsupported(f"an sglang backend cannot serve {request.endpoint}")
 
     async def _rerank(self, request: RerankRequest, attempt: Attempt) -> Ranking:
-        """Its answer is a bare list; it reports no usage."""
-        body: dict[str, object] = {
-            **extras(request.fields, request.extra),
-            "query": request.query,
-            "documents": request.documents,
-            "return_documents": False,
-        }
+        more = extras(request.fields, request.extra)
         if request.top_n is not None:
-            body["top_n"] = request.top_n
-        ranks: list[Rank] = await self.post_json("/v1/rerank", body, list[Rank], attempt)
-        if not all(0 <= rank.index < len(request.documents) for rank in ranks):
-            raise BackendGarbage("the backend ranked a document that it was not given")
+            more["top_n"] = request.top_n
+        ranks = await self._ranks(request.query, request.documents, more, attempt)
         best = sorted(ranks, key=lambda rank: -rank.score)[: request.top_n]
         return Ranking(tuple(Ranked(rank.index, rank.score) for rank in best))
+
+    async def _score(self, request: ScoreRequest, attempt: Attempt) -> Scores:
+        """By ranking, once for each first text: its own `/v1/score` weighs tokens of its choice."""
+        more = extras(request.fields, request.extra)
+        places: dict[str, list[int]] = {}
+        for place, (first, _) in enumerate(request.pairs):
+            places.setdefault(first, []).append(place)
+        found: dict[int, float] = {}
+        for first, where in places.items():
+            texts = [request.pairs[place][1] for place in where]
+            for rank in await self._ranks(first, texts, more, attempt):
+                found[where[rank.index]] = rank.score
+        if len(found) != len(request.pairs):
+            raise BackendGarbage(f"the backend gave {len(found)} of {len(request.pairs)} scores")
+        return Scores(tuple(found[place] for place in range(len(found))))
+
+    async def _ranks(
+        self, query: str, documents: Sequence[str], more: Mapping[str, object], attempt: Attempt
+    ) -> list[Rank]:
+        """Its answer is a bare list; it reports no usage."""
+        body = {**more, "query": query, "documents": documents, "return_documents": False}
+        ranks: list[Rank] = await self.post_json("/v1/rerank", body, list[Rank], attempt)
+        if not all(0 <= rank.index < len(documents) for rank in ranks):
+            raise BackendGarbage("the backend ranked a document that it was not given")
+        return ranks
 
     async def _tokenize(self, request: TokenizeRequest, attempt: Attempt) -> Tokens:
         if request.text is None:

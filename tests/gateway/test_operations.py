@@ -215,7 +215,10 @@ async def test_scores_are_of_pairs(serve, workers, first, second, pairs) -> None
     async with gateway.client() as client:
         body = {"model": "m", "text_1": first, "text_2": second}
         answers = [await client.post(path, json=body) for path in ("/v1/score", "/score")]
-    assert list(workers["a"].requests[0].pairs) == pairs
+        for one, other in (("queries", "documents"), ("queries", "items"), ("data_1", "data_2")):
+            body = {"model": "m", one: first, other: second}
+            answers.append(await client.post("/v1/score", json=body))
+    assert [list(request.pairs) for request in workers["a"].requests] == [pairs] * 5
     for answer in answers:
         assert answer.json()["data"] == [
             {"index": index, "object": "score", "score": len(a) + len(b)}
@@ -303,6 +306,9 @@ REFUSALS = (
     ("/v1/score", {"text_1": "a", "text_2": []}, "text_2", "empty"),
     ("/v1/score", {"text_1": "a", "text_2": ["b"] * 4}, "text_2", "at most 3"),
     ("/v1/score", {"text_1": ["a", "b"], "text_2": "c"}, "text_1", "as many"),
+    ("/v1/score", {}, "text_1", "give one of"),
+    ("/v1/score", {"text_1": "a", "documents": "b"}, "documents", "give one of"),
+    ("/v1/score", {"queries": "a", "documents": "b", "items": "c"}, "documents", "give one of"),
     ("/tokenize", {}, "prompt", "either"),
     ("/tokenize", {"prompt": "a", "messages": []}, "prompt", "either"),
     ("/tokenize", {"messages": []}, "messages", "at least one"),

@@ -22,6 +22,7 @@ from forebay.api import (
     Embeddings,
     EmbedRequest,
     Finished,
+    InferRequest,
     Load,
     Message,
     Ranked,
@@ -29,6 +30,7 @@ from forebay.api import (
     Relayed,
     RerankRequest,
     ScoreRequest,
+    Scores,
     StreamTruncated,
     Text,
     TokenizeRequest,
@@ -247,7 +249,7 @@ async def test_probe_of_an_older_server(fake: ModuleType) -> None:
 async def test_an_embedding_model(fake: ModuleType) -> None:
     async with serving(Server(fake, is_embedding=True), rerank=True) as (adapter, _):
         found = await adapter.probe()
-    assert found.endpoints == {"embeddings", "rerank", "tokenize", "detokenize"}
+    assert found.endpoints == {"embeddings", "rerank", "score", "tokenize", "detokenize"}
 
 
 async def test_load_of_all_ranks(fake: ModuleType) -> None:
@@ -300,6 +302,25 @@ async def test_rerank_is_a_bare_list(fake: ModuleType) -> None:
             await adapter.perform(RerankRequest(query="q", documents=("a",), **COMMON), Attempt())
 
 
+async def test_scores_are_rankings_of_one_text_after_another(fake: ModuleType) -> None:
+    async def script(exchange: Exchange) -> None:
+        asked = exchange.json
+        scores = [len(asked["query"]) + len(text) / 10 for text in asked["documents"]]
+        ranks = [{"index": index, "score": score} for index, score in enumerate(scores)]
+        exchange.answer(200, sorted(ranks, key=lambda rank: -rank["score"])[: asked.get("most")])
+
+    pairs = (("a", "x"), ("bb", "x"), ("a", "yyy"), ("a", "x"))
+    async with serving(script) as (adapter, scripted):
+        request = ScoreRequest(pairs=pairs, **COMMON)
+        found = await adapter.perform(request, Attempt())
+        assert found == Scores((1.1, 2.1, 1.3, 1.1))
+        assert [exchange.json["query"] for exchange in scripted.exchanges] == ["a", "bb"]
+        fields = {"most": msgspec.Raw(b"1")}
+        request = msgspec.structs.replace(request, fields=fields, extra=("most",))
+        with pytest.raises(BackendGarbage, match="2 of 4"):
+            await adapter.perform(request, Attempt())
+
+
 @pytest.mark.parametrize(("longest", "ours"), [(2048, 2048), (1e30, 0), (-1, 0)])
 async def test_tokens(fake: ModuleType, longest: float, ours: int) -> None:
     server = Server(fake)
@@ -326,5 +347,5 @@ async def test_text_of_tokens(fake: ModuleType) -> None:
 
 async def test_what_it_cannot_perform(fake: ModuleType) -> None:
     async with serving(Server(fake)) as (adapter, _):
-        with pytest.raises(Unsupported, match="score"):
-            await adapter.perform(ScoreRequest(pairs=(("a", "b"),), **COMMON), Attempt())
+        with pytest.raises(Unsupported, match="infer"):
+            await adapter.perform(InferRequest(body=b"{}", **COMMON), Attempt())

@@ -59,8 +59,24 @@ class RerankBody(_Body, kw_only=True):
 
 
 class ScoreBody(_Body, kw_only=True):
-    text_1: str | tuple[str, ...]
-    text_2: str | tuple[str, ...]
+    """The two sides of the pairs, by any of the names that vLLM has for them."""
+
+    text_1: str | tuple[str, ...] | None = None
+    text_2: str | tuple[str, ...] | None = None
+    data_1: str | tuple[str, ...] | None = None
+    data_2: str | tuple[str, ...] | None = None
+    queries: str | tuple[str, ...] | None = None
+    documents: str | tuple[str, ...] | None = None
+    items: str | tuple[str, ...] | None = None
+
+
+#: Which of them belong together.
+_SIDES = (
+    ("text_1", "text_2"),
+    ("data_1", "data_2"),
+    ("queries", "documents"),
+    ("queries", "items"),
+)
 
 
 class TokenizeBody(_Body, kw_only=True):
@@ -120,10 +136,12 @@ def decode_score(arrival: Arrival, limits: Limits) -> tuple[ScoreRequest, ScoreB
     """Decode ``/v1/score``: one first text for all second ones, or as many of the one as of the
     other."""
     parsed, common = _common(ScoreBody, arrival, limits)
+    names = _sides(parsed)
     first, second = (
-        (text,) if isinstance(text, str) else text for text in (parsed.text_1, parsed.text_2)
+        (text,) if isinstance(text, str) else text
+        for text in (getattr(parsed, name) for name in names)
     )
-    for name, texts in (("text_1", first), ("text_2", second)):
+    for name, texts in zip(names, (first, second), strict=True):
         if not texts:
             raise RequestError("must not be an empty list", param=name)
         if len(texts) > limits.documents:
@@ -132,10 +150,20 @@ def decode_score(arrival: Arrival, limits: Limits) -> tuple[ScoreRequest, ScoreB
         first *= len(second)
     if len(first) != len(second):
         raise RequestError(
-            f"has {len(first)} texts and text_2 {len(second)}: must have one, or as many",
-            param="text_1",
+            f"has {len(first)} texts and {names[1]} {len(second)}: must have one, or as many",
+            param=names[0],
         )
     return ScoreRequest(pairs=tuple(zip(first, second, strict=True)), **common), parsed
+
+
+def _sides(body: ScoreBody) -> tuple[str, str]:
+    """The names by which this client gives its pairs."""
+    given = {name for side in _SIDES for name in side if getattr(body, name) is not None}
+    for names in _SIDES:
+        if given == set(names):
+            return names
+    choices = ", ".join(f"`{first}` and `{second}`" for first, second in _SIDES)
+    raise RequestError(f"give one of: {choices}", param=min(given, default="text_1"))
 
 
 def decode_tokenize(arrival: Arrival, limits: Limits) -> tuple[TokenizeRequest, TokenizeBody]:
