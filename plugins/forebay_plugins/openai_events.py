@@ -138,12 +138,14 @@ class CallDecoder:
     def __init__(self, request_id: str, choice: int) -> None:
         self._prefix = f"call_{request_id}_{choice}_"
         self.seen: set[int] = set()
+        self._places: dict[int, int] = {}
         self._named: set[int] = set()
 
     def piece(self, call: Call) -> ToolCallDelta:
-        index = call.index
-        if index is None:  # then each comes whole
+        if call.index is None:  # then each comes whole
             index = len(self.seen)
+        else:  # TensorRT-LLM begins with the choice's number where the client has named the tool
+            index = self._places.setdefault(call.index, len(self._places))
         arguments, name = call.function.arguments or "", call.function.name
         if not isinstance(arguments, str):
             arguments = msgspec.json.encode(arguments).decode()

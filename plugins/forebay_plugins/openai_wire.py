@@ -68,6 +68,8 @@ class OpenAIServer(HttpServer):
     always_streams: ClassVar[bool] = False
     #: What is sent for sampling fields of which nothing is said; only fields that it knows.
     neutral: ClassVar[Mapping[str, object]] = OPENAI_NEUTRAL
+    #: A request may be the end of the whole server, so after a cut it is not tried elsewhere.
+    dies_of_requests: ClassVar[bool] = False
     #: See :class:`Scanner`.
     usage_by_choice: ClassVar[bool] = False
     #: Fields of a choice for which Forebay asked, and not the client.
@@ -138,6 +140,9 @@ class OpenAIServer(HttpServer):
             headers = {**response.headers, **self.trailer(rest)}
             timings = self.timings(scanner.closing, headers)
             yield Finished(scanner.usage, timings, scanner.finish_reasons, scanner.model)
+        except StreamTruncated as cut:
+            cut.retryable = not self.dies_of_requests
+            raise
         finally:
             await response.aclose()
 

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, structs
 
 from forebay.api import (
     AdapterKind,
@@ -27,12 +27,15 @@ from forebay.api import (
     Capabilities,
     EmbedRequest,
     Endpoint,
+    Event,
     GenerateRequest,
     HttpBackendSettings,
     Load,
     Operation,
     Result,
     Timings,
+    Unanswered,
+    UpstreamResponse,
     hookimpl,
 )
 from forebay_plugins.openai_operations import embed
@@ -179,6 +182,10 @@ class TrtLlmAdapter(OpenAIServer):
 
     settings: TrtLlmSettings
     neutral: ClassVar[Mapping[str, object]] = {**ENGINE_NEUTRAL, "top_k": 0}
+    # A fault in its executor ends it at once, for all requests, and may be one request's doing.
+    dies_of_requests = True
+    # Of a connection that was used before, it could not be told whether it took the request.
+    stream_headers: ClassVar[Mapping[str, str]] = {"connection": "close"}
     _version: str | None = None
     _kv_usage: float | None = None
     _iterates = False
@@ -188,6 +195,24 @@ class TrtLlmAdapter(OpenAIServer):
     def _headers(self) -> Mapping[str, str]:
         # Heeded if the server was started with `return_perf_metrics`, by those of 2026.
         return {**super()._headers, "x-trtllm-return-metrics": "1"}
+
+    def whole_headers(self) -> Mapping[str, str]:
+        return self.stream_headers
+
+    def stream(self, request: GenerateRequest, attempt: Attempt) -> AsyncGenerator[Event, None]:
+        """A call of a tool that the client has named comes without an id: not to be relayed."""
+        named = bytes(request.fields.get("tool_choice", b"")).startswith(b"{")
+        typed = structs.replace(request, typed=request.typed or named)
+        return super().stream(typed, attempt)
+
+    async def post(
+        self, path: str, body: bytes, attempt: Attempt, headers: Mapping[str, str] = {}
+    ) -> UpstreamResponse:
+        try:
+            return await super().post(path, body, attempt, headers)
+        except Unanswered as cut:
+            cut.retryable = False
+            raise
 
     async def probe(self) -> Capabilities:
         await self.get("/health")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.util import module_from_spec, spec_from_file_location
@@ -21,12 +22,17 @@ from forebay.api import (
     BlocksStored,
     CacheBatch,
     CacheCleared,
+    ConnectFailed,
+    Delta,
     Embeddings,
     EmbedRequest,
     GenerateRequest,
     Load,
     Sampling,
+    StreamTruncated,
     TokenizeRequest,
+    ToolCallDelta,
+    Unanswered,
     Unsupported,
 )
 from forebay.testing import Exchange, ScriptedServer, adapter_context, chat_request
@@ -252,6 +258,64 @@ async def told(*pages: list[dict[str, Any]]) -> list[CacheBatch]:
             found.append(await anext(batches))
         await batches.aclose()
     return found
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("after", ["the request", "the head"])
+async def test_a_request_that_may_have_ended_it_is_not_tried_elsewhere(
+    stream: bool, after: str
+) -> None:
+    async def script(exchange: Exchange) -> None:
+        if after == "the head":
+            exchange.begin("text/event-stream" if stream else "application/json")
+            await asyncio.sleep(0.01)
+        exchange.cut()
+
+    async with serving(script) as (adapter, _):
+        for _ in range(2):
+            with pytest.raises((Unanswered, StreamTruncated)) as cut:
+                await collect(adapter, chat_request(stream=stream))
+            assert not cut.value.retryable
+            assert cut.value.counts
+    nobody = TrtLlmSettings(adapter="trtllm", url="http://127.0.0.1:9")
+    with pytest.raises(ConnectFailed) as refusal:
+        await collect(TrtLlmAdapter(nobody, adapter_context()), chat_request(stream=stream))
+    assert refusal.value.retryable, "nobody has had the request"
+
+
+async def test_calls_of_a_named_tool_get_what_they_lack() -> None:
+    """They come without an id, and their index is the choice's."""
+
+    def chunk(index: int, delta: dict[str, Any], reason: str | None = None) -> bytes:
+        choice = {"index": index, "delta": delta, "finish_reason": reason}
+        head = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+        return b"data: " + msgspec.json.encode({**head, "choices": [choice]}) + b"\n\n"
+
+    def call(index: int, **function: str) -> dict[str, Any]:
+        return {"tool_calls": [{"index": index, "type": "function", "function": function}]}
+
+    async def script(exchange: Exchange) -> None:
+        exchange.begin()
+        for index in (0, 1):
+            exchange.send(chunk(index, {"role": "assistant"}))
+            exchange.send(chunk(index, call(index, name="f", arguments='{"a"')))
+            exchange.send(chunk(index, call(index, arguments=":1}")))
+            exchange.send(chunk(index, {}, "stop"))
+        exchange.send(b"data: [DONE]\n\n")
+
+    choice = {"type": "function", "function": {"name": "f"}}
+    async with serving(script, tools=True) as (adapter, _):
+        events = await collect(adapter, chat_request(n=2, tools=[choice], tool_choice=choice))
+    found = {
+        index: [e for e in events if isinstance(e, Delta) and e.index == index] for index in (0, 1)
+    }
+    for index, deltas in found.items():
+        assert [delta.tool_calls for delta in deltas] == [
+            (ToolCallDelta(0, f"call_forebay-1_{index}_0", "f", '{"a"'),),
+            (ToolCallDelta(0, None, None, ":1}"),),
+            (),
+        ]
+        assert deltas[-1].finish_reason == "tool_calls"
 
 
 async def test_cache_events_are_read_and_come_only_once() -> None:

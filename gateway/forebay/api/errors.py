@@ -45,6 +45,7 @@ __all__ = [
     "StaleConnection",
     "StreamTruncated",
     "TooLarge",
+    "Unanswered",
     "Unauthorized",
     "UnknownModel",
     "Unsupported",
@@ -144,6 +145,10 @@ class BackendError(ForebayError):
 
 class ConnectFailed(BackendError):
     kind = "connect_failed"
+
+
+class Unanswered(ConnectFailed):
+    """The server took the request, and closed the connection without a word."""
 
 
 class StaleConnection(BackendError):

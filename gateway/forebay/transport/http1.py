@@ -21,6 +21,7 @@ from forebay.api import (
     ConnectFailed,
     StaleConnection,
     StreamTruncated,
+    Unanswered,
     Upstream,
     UpstreamResponse,
 )
@@ -247,7 +248,7 @@ class Http1Upstream(Upstream):
             connection.begin(request)
             if not await connection.head():
                 closed = f"{self._base} closed the connection before it answered"
-                raise StaleConnection(closed) if reused else ConnectFailed(closed)
+                raise StaleConnection(closed) if reused else Unanswered(closed)
             encoding = connection.headers.get("content-encoding", "identity")
             if encoding != "identity":
                 raise BackendGarbage(
