@@ -146,7 +146,7 @@ RICH_EVENTS = [
     Delta(tool_calls=(ToolCallDelta(0, arguments=":1}"),)),
     Delta(tool_calls=(ToolCallDelta(1, "call_forebay-1_0_1", "g", "{}"),)),
     Delta(finish_reason="tool_calls"),
-    Finished(Usage(7, 2)),
+    Finished(Usage(7, 2), model="up"),
 ]
 
 
@@ -206,7 +206,7 @@ async def test_a_whole_body() -> None:
     assert events == [
         Started(),
         Delta(finish_reason="tool_calls", reasoning="r", tool_calls=calls),
-        Finished(Usage(7, 2)),
+        Finished(Usage(7, 2), model="up"),
     ]
 
 
