@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,16 @@ ALL = ["native", "llama", "vllm"]
 POLICIES = ["round_robin", "least_connections", "power_of_two", "prefix_affinity"]
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port: int = found.getsockname()[1]
-        return port
+def free_port(following: int = 0) -> int:
+    """A port that nobody has, nor those that follow it."""
+    while True:
+        with ExitStack() as held, suppress(OSError):
+            port = 0
+            for i in range(following + 1):
+                found = held.enter_context(socket.socket())
+                found.bind(("127.0.0.1", port + i if i else 0))
+                port = port or found.getsockname()[1]
+            return port
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
@@ -194,7 +200,7 @@ def triton_server(otlp: Any, logs: Path) -> Iterator[Server]:
     """A Triton that exports spans."""
     if subprocess.check_output([BACKENDS, "missing", "triton"]):
         pytest.fail("not installed: run scripts/backends/backends.sh install triton")
-    port = free_port()
+    port = free_port(following=2)  # gRPC and metrics
     trace = {"mode": "opentelemetry", "opentelemetry,url": f"{otlp.url}/v1/traces"}
     trace |= {"rate": "0", "level": "TIMESTAMPS"}
     options = [f"--trace-config={name}={value}" for name, value in trace.items()]
