@@ -11,10 +11,14 @@ import anthropic
 import openai
 import pytest
 
+from forebay.api import Timeouts
 from forebay.config import Config, Model
 from forebay.testing import Exchange, Scenario, ScriptedServer
 from forebay_plugins import sglang, tgi
 
+#: Seconds. The servers share the event loop of the test, which building a client holds up, on a busy
+#: machine for longer than the second in which a connection is to be opened.
+PATIENCE = 30.0
 PLUGINS = {"tgi": tgi, "sglang": sglang}
 
 
@@ -42,12 +46,13 @@ async def gateway_before(
     servers = [await stack.enter_async_context(ScriptedServer(script)) for script in scripts]
     (offered,) = PLUGINS[kind].adapters()
     backends = {
-        f"b{place}": offered.settings(adapter=kind, url=server.url)
+        f"b{place}": offered.settings(adapter=kind, url=server.url, probe_timeout=PATIENCE)
         for place, server in enumerate(servers)
     }
-    config = Config(
-        backends=backends, models={"m": Model(backends=list(backends), policy="round_robin")}
+    model = Model(
+        backends=list(backends), policy="round_robin", timeouts=Timeouts(connect=PATIENCE)
     )
+    config = Config(backends=backends, models={"m": model})
     return (await serve_gateway(config, extra=PLUGINS)).url, servers
 
 
