@@ -16,7 +16,7 @@ from forebay.config import Config, Model
 from forebay.testing import Exchange, Scenario, ScriptedServer
 from forebay_plugins import sglang, tgi
 
-#: Seconds. The servers share the event loop of the test, which building a client holds up, on a busy
+#: Seconds. The servers share the test's event loop, which building a client holds up: on a busy
 #: machine for longer than the second in which a connection is to be opened.
 PATIENCE = 30.0
 PLUGINS = {"tgi": tgi, "sglang": sglang}
