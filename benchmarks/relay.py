@@ -49,7 +49,7 @@ logging: {{level: warning}}
 models:
   mock: {{backends: [mock], policy: {policy}}}
 backends:
-  mock: {{adapter: openai, url: "{upstream}"}}
+  mock: {{adapter: openai, url: "{upstream}", examine: false}}
 """
 
 

@@ -54,10 +54,7 @@ class Gate:
             return
         settings = self._settings
         if len(self._waiting) >= settings.max_queue:
-            raise Overloaded(
-                f"all backends of {self._name!r} are busy and {len(self._waiting)} requests wait",
-                retry_after=1.0,
-            )
+            raise self._crowded(len(self._waiting))
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:
@@ -74,6 +71,12 @@ class Gate:
             self._give_up(turn)
             raise
 
+    def _crowded(self, waiting: int) -> Overloaded:
+        return Overloaded(
+            f"all backends of {self._name!r} are busy and {waiting} requests wait",
+            retry_after=1.0,
+        )
+
     def _give_up(self, turn: asyncio.Future[None]) -> None:
         if turn in self._waiting:
             self._waiting.remove(turn)
@@ -83,12 +86,15 @@ class Gate:
             self.wake()
 
     async def wait_for_change(self) -> None:
-        """For a request whose turn came while just those backends were full that it needs.
+        """For a request whose turn came while just those backends were full, or are examined,
+        that it needs.
 
-        It stands aside until a slot comes free anywhere, and holds up nobody; then it has a turn.
+        It stands aside until something changes anywhere, and holds up nobody; then it has a turn.
 
-        :raises Overloaded: the wait took too long.
+        :raises Overloaded: too many wait, or the wait took too long.
         """
+        if len(self._aside) >= self._settings.max_queue:
+            raise self._crowded(len(self._aside))
         change = asyncio.get_running_loop().create_future()
         self._aside.append(change)
         try:

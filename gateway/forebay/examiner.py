@@ -11,7 +11,8 @@ import structlog
 
 from forebay.api import Capabilities
 from forebay.backend import Backend
-from forebay.examination import Examination, Finding, Question, examine, questions
+from forebay.examination import Examination, Finding, Question, questions
+from forebay.questions import examine
 
 log = structlog.get_logger("forebay.examiner")
 

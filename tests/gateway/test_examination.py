@@ -16,13 +16,15 @@ import httpx
 import pytest
 from msgspec import structs
 
-from forebay import examination, examiner
+from forebay import examiner
+from forebay import questions as asking
 from forebay.api import Adapter, AdapterKind, BackendSettings, Capabilities
 from forebay.backend import Backend
 from forebay.config import Config, Health, Model
-from forebay.examination import Finding, examine, questions
+from forebay.examination import Finding, questions
 from forebay.examiner import Examiner
 from forebay.health import Health as HealthState
+from forebay.questions import examine
 from forebay.testing import Exchange, ScriptedServer, adapter_context
 from forebay_plugins.openai import OpenAIAdapter, OpenAISettings
 from forebay_plugins.vllm import VllmAdapter, VllmSettings
@@ -35,7 +37,8 @@ PATHS = {"/v1/chat/completions": {}, "/v1/completions": {}}
 
 
 class Server:
-    """Serves text as vLLM does. A lie is what it ignores without a word; `no FIELD` is refused."""
+    """Serves text as vLLM does. A lie is what it ignores without a word; `no FIELD` is refused,
+    `broken FIELD` fails."""
 
     def __init__(self, *lies: str) -> None:
         self.lies = set(lies)
@@ -57,6 +60,8 @@ class Server:
         self.asked.append(asked)
         if self.status != 200:
             exchange.answer(self.status, {"error": {"message": "not now"}})
+        elif any(f"broken {name}" in self.lies for name in asked):
+            exchange.answer(500, {"error": {"message": "a bug"}})
         elif refused := next((f"no {name}" for name in asked if f"no {name}" in self.lies), None):
             exchange.answer(400, {"error": {"message": f"{refused}!"}})
         else:
@@ -193,7 +198,7 @@ async def test_a_server_that_keeps_its_word() -> None:
 async def test_a_lie_is_found_out(
     monkeypatch: pytest.MonkeyPatch, lie: str, question: str, reason: str
 ) -> None:
-    monkeypatch.setattr(examination, "LEAVING", 0.3)
+    monkeypatch.setattr(asking, "LEAVING", 0.3)
     async with examined(Server(lie)) as findings:
         found = await findings()
     told = found.pop(question)
@@ -217,11 +222,17 @@ async def test_what_cannot_be_told_is_not_held_against_it(monkeypatch: pytest.Mo
         assert "no temperature!" in found["schema"].reason
 
 
+async def test_what_it_fails_at_it_cannot_do_for_now() -> None:
+    async with examined(Server("broken logprobs")) as findings:
+        told = (await findings())["logprobs"]
+        assert (told.verdict, told.again) == ("fails", True)
+
+
 @pytest.mark.parametrize("how", ["busy", "broken", "slow"])
 async def test_a_bad_moment_is_worth_asking_again(
     monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    monkeypatch.setattr(examination, "PATIENCE", 0.2)
+    monkeypatch.setattr(asking, "PATIENCE", 0.2)
     server = Server()
     async with examined(server) as findings:
         server.status = {"busy": 503, "broken": 500}.get(how, 200)
