@@ -68,7 +68,8 @@ class Examiner:
                 return
             found = await self._ask(claims, asked)
             told = {
-                question: finding.reason or finding.verdict for question, finding in found.items()
+                question: f"{finding.verdict}: {finding.reason}".removesuffix(": ")
+                for question, finding in found.items()
             }
             log.info("examined", backend=self._backend.name, version=claims.version, **told)
             asked = [question for question, finding in found.items() if finding.again]

@@ -333,9 +333,13 @@ def _bound(text: str, word: str, finish: str | None) -> Finding:
 
 
 def _piece(text: str) -> tuple[int, str]:
-    """A string of the middle of the text that does not come earlier in it, and where it stands."""
-    for at in sorted(range(1, len(text) - 2), key=lambda at: abs(at - len(text) // 2)):
-        string = text[at : at + 4]
+    """A string of the middle of the text that does not come earlier in it, and where it stands.
+
+    Within a word if possible: a model that sees words as tokens may know no string across them.
+    """
+    middle = len(text) // 2
+    pieces = [(at, text[at : at + 4]) for at in range(1, len(text) - 2)]
+    for at, string in sorted(pieces, key=lambda p: (len(p[1].split()) > 1, abs(p[0] - middle))):
         if string == string.strip() and "\ufffd" not in string and text.find(string) == at:
             return at, string
     return 0, ""

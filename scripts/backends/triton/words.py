@@ -2,9 +2,9 @@
 
 It says the prompt's words again, one a token, each with a space before it, and then falls silent.
 As model `ensemble` it has the tensors of TensorRT-LLM's ensemble, and like it leaves stop words in
-the text; as `vllm_model` those of vLLM's backend. Each ignores what it does not know. With `end_id`
--1 (`ignore_eos`) the words go round until `max_tokens`. A token takes $TRITON_TOKEN_MS (10). The
-prompt `break` fails after two tokens.
+the text; as `vllm_model` those of vLLM's backend, and like it ends before a stop string, wherever
+that begins. Each ignores what it does not know. With `end_id` -1 (`ignore_eos`) the words go round
+until `max_tokens`. A token takes $TRITON_TOKEN_MS (10). The prompt `break` fails after two tokens.
 """
 
 from __future__ import annotations
@@ -171,10 +171,13 @@ class TritonPythonModel:
             asked.times["last_token"] = time.monotonic_ns()
             if count == 1:
                 asked.times["first_token"] = asked.times["last_token"]
-            text += f" {word}"
+            sent, text = len(text), f"{text} {word}"
             stopped = bool(asked.stop) and text.endswith(asked.stop)
+            if self.vllm:
+                ends = [at for stop in asked.stop if (at := text.find(stop)) >= 0]
+                stopped, text = bool(ends), text[: min(ends, default=None)]
             if asked.stream:
-                sender.send(self.response(request, asked, f" {word}", count))
+                sender.send(self.response(request, asked, text[sent:], count))
             if stopped:
                 break
         reason = "length" if count == asked.limit and not stopped else "stop"

@@ -1,0 +1,76 @@
+"""What real servers claim, put to the test, and what follows from it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+
+# The first of them waits for vLLM to start, and for its first request, which compiles kernels.
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+PROVEN = {
+    "native": {"usage", "stop", "logprobs", "cancel"},
+    "llama": {"usage", "stop", "schema", "completions_schema", "logprobs", "cancel"},
+    "vllm": {"usage", "stop", "schema", "completions_schema", "logprobs", "cancel"},
+}
+#: vLLM is started without a parser of tool calls, which only a request brings to light.
+REFUTED = {"native": set(), "llama": set(), "vllm": {"tools"}}
+SCHEMA = {
+    "type": "object",
+    "properties": {"word": {"type": "string", "enum": ["sea"]}},
+    "required": ["word"],
+    "additionalProperties": False,
+}
+WANTED = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA, "strict": True}}
+
+
+def told(gateway: Any, name: str, verdict: str) -> set[str]:
+    findings: dict[str, Any] = gateway.backend(name)["examination"]["findings"]
+    return {question for question, found in findings.items() if found["verdict"] == verdict}
+
+
+@pytest.mark.parametrize("name", list(PROVEN))
+def test_what_was_found(gateway: Any, name: str) -> None:
+    findings = gateway.backend(name)["examination"]
+    assert told(gateway, name, "holds") == PROVEN[name], findings
+    assert told(gateway, name, "fails") == REFUTED[name], findings
+    assert findings["version"] == gateway.backend(name)["capabilities"]["version"] != ""
+
+
+def test_it_is_shown(gateway: Any) -> None:
+    forebay = Path(sys.executable).with_name("forebay")
+    command = [forebay, "backends", "--admin", gateway.admin]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = " ".join(shown.split())
+    assert "proven: usage, stop, schema, schema in completions, logprobs, cancel" in text
+    assert 'refuted: tools (refused: "auto" tool choice requires --enable-auto-tool-choice' in text
+
+
+def test_what_nobody_can_do_is_refused_with_what_was_found(client: OpenAI) -> None:
+    tools: Any = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    messages: Any = [{"role": "user", "content": "hi"}]
+    with pytest.raises(openai.BadRequestError, match="vllm was found not to call tools"):
+        client.chat.completions.create(model="vllm", messages=messages, tools=tools)
+
+
+def test_a_schema_goes_only_where_it_binds(gateway: Any) -> None:
+    """The native engine cannot; llama.cpp's completions only in its own words."""
+    body = {"model": "gemma-3-270m", "prompt": '{"word": "yes"}', "response_format": WANTED}
+    for _ in range(4):
+        answer = httpx.post(
+            f"{gateway.url}/v1/completions",
+            json={**body, "max_tokens": 60, "temperature": 0},
+            timeout=120,
+        )
+        assert answer.headers["x-forebay-backend"] in ("llama", "vllm")
+        (choice,) = answer.json()["choices"]
+        assert choice["finish_reason"] == "stop"
+        assert json.loads(choice["text"]) == {"word": "sea"}
