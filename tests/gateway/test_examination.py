@@ -95,7 +95,10 @@ class Server:
     async def _pieces(self, asked: dict[str, Any]) -> AsyncIterator[tuple[dict[str, Any], bool]]:
         chat = "messages" in asked
         given = asked.get("response_format")
-        if given and ("schema" if chat else "completions") not in self.lies:
+        if given and chat and self.lies & {"half", "cut"}:
+            yield {"content": '{"word":'}, False
+            yield {"finish": "stop" if "half" in self.lies else "length"}, False
+        elif given and ("schema" if chat else "completions") not in self.lies:
             yield {"content": json.dumps({"word": _word(given["json_schema"]["schema"])})}, False
             yield {"finish": "stop"}, False
         elif asked.get("tool_choice") and "tools" not in self.lies:
@@ -188,6 +191,7 @@ async def test_a_server_that_keeps_its_word() -> None:
         ("no stop", "stop", "refused: no stop!"),
         ("schema", "schema", "did not bind: 'one two"),
         ("completions", "completions_schema", "did not bind: 'one two"),
+        ("half", "schema", """did not bind: '{"word":'"""),
         ("tools", "tools", "no call of a tool, but 'one two"),
         ("no tools", "tools", "refused: no tools!"),
         ("logprobs", "logprobs", "none came"),
@@ -198,7 +202,8 @@ async def test_a_server_that_keeps_its_word() -> None:
 async def test_a_lie_is_found_out(
     monkeypatch: pytest.MonkeyPatch, lie: str, question: str, reason: str
 ) -> None:
-    monkeypatch.setattr(asking, "LEAVING", 0.3)
+    if lie == "cancel":
+        monkeypatch.setattr(asking, "LEAVING", 0.3)
     async with examined(Server(lie)) as findings:
         found = await findings()
     told = found.pop(question)
@@ -213,6 +218,8 @@ async def test_what_cannot_be_told_is_not_held_against_it(monkeypatch: pytest.Mo
         )
     async with examined(Server("moody")) as findings:
         assert (await findings())["stop"].verdict == "unknown"
+    async with examined(Server("cut")) as findings:
+        assert (await findings())["schema"].verdict == "unknown"
     async with examined(Server("no tool_choice")) as findings:
         assert (await findings())["tools"].verdict == "unknown"
     async with examined(Server("no temperature")) as findings:
@@ -232,13 +239,14 @@ async def test_what_it_fails_at_it_cannot_do_for_now() -> None:
 async def test_a_bad_moment_is_worth_asking_again(
     monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    monkeypatch.setattr(asking, "PATIENCE", 0.2)
     server = Server()
     async with examined(server) as findings:
         server.status = {"busy": 503, "broken": 500}.get(how, 200)
-        if how == "slow":
-            server.open.clear()
-        found = await findings()
+        with monkeypatch.context() as patch:
+            if how == "slow":
+                server.open.clear()
+                patch.setattr(asking, "PATIENCE", 0.2)
+            found = await findings()
         assert {(each.verdict, each.again) for each in found.values()} == {("unknown", True)}
         server.status = 200
         server.open.set()
@@ -261,7 +269,9 @@ async def fleet(serve_gateway) -> AsyncIterator[Callable[..., Any]]:
     """``await fleet(a=Server(), …)``: a gateway over them that examines them."""
     async with AsyncExitStack() as stack:
 
-        async def start(*, examine: bool = True, wait: bool = True, **servers: Server) -> Any:
+        async def start(
+            *, examine: bool = True, wait: bool = True, max_queue: int = 9, **servers: Server
+        ) -> Any:
             backends = {
                 name: VllmSettings(
                     adapter="vllm",
@@ -270,7 +280,7 @@ async def fleet(serve_gateway) -> AsyncIterator[Callable[..., Any]]:
                 )
                 for name, server in servers.items()
             }
-            model = Model(backends=list(servers), policy="round_robin")
+            model = Model(backends=list(servers), policy="round_robin", max_queue=max_queue)
             config = Config(backends=backends, models={"m": model})
             gateway = await serve_gateway(config, examine=examine)
             if wait:
@@ -354,6 +364,19 @@ async def test_while_it_is_examined_only_what_needs_the_answer_waits(fleet) -> N
         assert decision.outcome.queue > 0
 
 
+async def test_no_more_wait_for_the_answer_than_the_queue_allows(fleet) -> None:
+    server = Server()
+    server.open.clear()
+    gateway = await fleet(a=server, wait=False, max_queue=1)
+    async with gateway.client() as client:
+        first = asyncio.create_task(ask(client, logprobs=True))
+        await until(lambda: gateway.app.admission.depths() == {"m": 1})
+        second = await ask(client, logprobs=True)
+        assert (second.status_code, second.json()["error"]["code"]) == (503, "overloaded")
+        server.open.set()
+        assert (await first).status_code == 200
+
+
 async def test_a_new_version_is_examined_anew_and_an_old_one_not(fleet) -> None:
     server = Server()
     gateway = await fleet(a=server)
@@ -394,14 +417,14 @@ async def test_failures_in_it_do_not_speak_against_its_health(fleet) -> None:
 async def test_what_could_not_be_told_is_asked_again_but_not_for_ever(
     fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(examiner, "PAUSE", 0.1)
+    monkeypatch.setattr(examiner, "PAUSE", 0.05)
     recovers, stays = Server(), Server()
     recovers.status = stays.status = 503
     gateway = await fleet(recovers=recovers, stays=stays)
     recovers.status = 200
     await until(lambda: set(findings_of(gateway, "recovers").values()) == {"holds"})
     await until(lambda: len(stays.asked) == 1 + examiner.RETRIES)
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(1.2)  # the next would come after 0.8 s
     assert len(stays.asked) == 1 + examiner.RETRIES, "one plain request each time, and no more"
 
 
