@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from forebay.api import BackendRefused, ContentPart, GenerateRequest, Message
+from forebay.api import BackendLacks, ContentPart, GenerateRequest, Message
 from forebay_plugins.message_parts import image_of, parts_of
 
 __all__ = ["body_of"]
@@ -32,14 +32,14 @@ _CHOICES = {"auto": "auto", "none": "none", "required": "any"}
 Block = dict[str, Any]
 
 
-def refused(field: str, why: str) -> BackendRefused:
-    return BackendRefused(f"the Anthropic backend cannot take this field: {why}", param=field)
+def refused(field: str, why: str) -> BackendLacks:
+    return BackendLacks(f"the Anthropic backend cannot take this field: {why}", param=field)
 
 
 def body_of(request: GenerateRequest, model: str, max_tokens: int) -> dict[str, object]:
     """The body for a request; ``max_tokens`` where the client sets none.
 
-    :raises BackendRefused: a field has no counterpart there.
+    :raises BackendLacks: a field has no counterpart there.
     """
     _refuse(request)
     sampling = request.sampling

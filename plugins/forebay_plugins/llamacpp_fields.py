@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 
-from forebay.api import BackendRefused, GenerateRequest
+from forebay.api import BackendLacks, GenerateRequest
 
 __all__ = ["refuse_unknown"]
 
@@ -70,7 +70,7 @@ _FIELDS = frozenset(
 def refuse_unknown(request: GenerateRequest, further: Set[str]) -> None:
     """``further``: fields that this server takes as well.
 
-    :raises BackendRefused: a field would be without effect.
+    :raises BackendLacks: a field would be without effect.
     """
     for field in request.extra:
         if field not in _FIELDS and field not in further:
@@ -79,5 +79,5 @@ def refuse_unknown(request: GenerateRequest, further: Set[str]) -> None:
         raise _refusal("min_tokens", "it has no least length")
 
 
-def _refusal(field: str, why: str) -> BackendRefused:
-    return BackendRefused(f"a llama.cpp backend cannot serve `{field}`: {why}", param=field)
+def _refusal(field: str, why: str) -> BackendLacks:
+    return BackendLacks(f"a llama.cpp backend cannot serve `{field}`: {why}", param=field)

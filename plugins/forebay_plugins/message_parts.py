@@ -6,7 +6,7 @@ import re
 
 from msgspec import Struct
 
-from forebay.api import BackendRefused, ContentPart, Message
+from forebay.api import BackendLacks, ContentPart, Message
 
 __all__ = ["Inline", "image_of", "parts_of"]
 
@@ -30,10 +30,10 @@ def parts_of(message: Message) -> tuple[ContentPart, ...]:
 def image_of(part: ContentPart, backend: str) -> Inline | str:
     """The image that this part is; one that is not inline as its URL.
 
-    :raises BackendRefused: it is none.
+    :raises BackendLacks: it is none.
     """
     if part.type != "image_url" or part.image_url is None:
-        raise BackendRefused(
+        raise BackendLacks(
             f"the {backend} backend takes text and image_url parts, and none of type {part.type!r}",
             param="messages",
         )
@@ -42,7 +42,7 @@ def image_of(part: ContentPart, backend: str) -> Inline | str:
         return url
     found = _DATA_URL.match(url)
     if found is None:
-        raise BackendRefused(
+        raise BackendLacks(
             f"the {backend} backend takes images as data:image/...;base64,... alone",
             param="messages",
         )

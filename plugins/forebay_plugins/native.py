@@ -16,6 +16,7 @@ from forebay.api import (
     Attempt,
     BackendBusy,
     BackendFailed,
+    BackendLacks,
     BackendRefused,
     BackendSettings,
     Capabilities,
@@ -263,8 +264,8 @@ def _refuse_unsupported(request: GenerateRequest) -> None:
             raise _unsupported(what, param)
 
 
-def _unsupported(what: str, param: str) -> BackendRefused:
-    return BackendRefused(f"the native engine does not support {what}", param=param)
+def _unsupported(what: str, param: str) -> BackendLacks:
+    return BackendLacks(f"the native engine does not support {what}", param=param)
 
 
 def _message(message: Message) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from msgspec import Struct
 from forebay.api import (
     BackendFailed,
     BackendGarbage,
-    BackendRefused,
+    BackendLacks,
     Delta,
     EmbedRequest,
     GenerateRequest,
@@ -92,8 +92,8 @@ class Line(Struct):
     eval_duration: int = 0
 
 
-def refused(field: str, why: str) -> BackendRefused:
-    return BackendRefused(f"the Ollama backend cannot take this field: {why}", param=field)
+def refused(field: str, why: str) -> BackendLacks:
+    return BackendLacks(f"the Ollama backend cannot take this field: {why}", param=field)
 
 
 def body_of(
@@ -101,7 +101,7 @@ def body_of(
 ) -> dict[str, object]:
     """The body for a request; ``neutral``: what is not said of sampling shall change nothing.
 
-    :raises BackendRefused: a field has no counterpart there.
+    :raises BackendLacks: a field has no counterpart there.
     """
     _refuse(request)
     options: dict[str, object] = dict(_NEUTRAL) if neutral else {}
@@ -216,7 +216,7 @@ def embed_body(
 ) -> dict[str, object]:
     """The body for ``/api/embed``.
 
-    :raises BackendRefused: an input is not text.
+    :raises BackendLacks: an input is not text.
     """
     if not all(isinstance(text, str) for text in request.inputs):
         raise refused("input", "it takes no token ids")

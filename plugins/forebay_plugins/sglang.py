@@ -19,7 +19,7 @@ from forebay.api import (
     BackendError,
     BackendFailed,
     BackendGarbage,
-    BackendRefused,
+    BackendLacks,
     CacheBatch,
     Capabilities,
     DetokenizeRequest,
@@ -335,8 +335,8 @@ class SglangAdapter(OpenAIServer):
         return Tokens(ids=found.tokens, max_model_len=self._context_length or max(longest, 0))
 
 
-def refuse(field: str, why: str) -> BackendRefused:
-    return BackendRefused(f"an sglang backend cannot serve `{field}`: {why}", param=field)
+def refuse(field: str, why: str) -> BackendLacks:
+    return BackendLacks(f"an sglang backend cannot serve `{field}`: {why}", param=field)
 
 
 @hookimpl

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from forebay.api import BackendRefused, GenerateRequest
+from forebay.api import BackendLacks, GenerateRequest
 
 __all__ = ["Info", "chat_fields", "generate_body", "refuse", "refuse_unknown"]
 
@@ -33,14 +33,14 @@ class Info(Struct):
     max_stop_sequences: int = 4
 
 
-def refuse(field: str, why: str) -> BackendRefused:
-    return BackendRefused(f"a tgi backend cannot serve `{field}`: {why}", param=field)
+def refuse(field: str, why: str) -> BackendLacks:
+    return BackendLacks(f"a tgi backend cannot serve `{field}`: {why}", param=field)
 
 
 def refuse_unknown(extra: tuple[str, ...], known: frozenset[str] = frozenset()) -> None:
     """Refuse fields that this route does not know.
 
-    :raises BackendRefused: there is one.
+    :raises BackendLacks: there is one.
     """
     for field in extra:
         if field not in known:
@@ -55,7 +55,7 @@ def generate_body(
 
     ``neutral``: sample where nothing is said of it, which TGI itself would not.
 
-    :raises BackendRefused: the request asks for what these cannot do.
+    :raises BackendLacks: the request asks for what these cannot do.
     """
     refuse_unknown(request.extra, _NATIVE)
     for field, why in _impossible(request, info):
@@ -85,7 +85,7 @@ def generate_body(
 def chat_fields(request: GenerateRequest, adapter: str, info: Info | None) -> dict[str, object]:
     """What to change in the body for `/v1/chat/completions`; None: to leave out.
 
-    :raises BackendRefused: the request asks for what that route cannot do.
+    :raises BackendLacks: the request asks for what that route cannot do.
     """
     refuse_unknown(request.extra, _CHAT)
     for field, why in _impossible(request, info):

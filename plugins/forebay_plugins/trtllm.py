@@ -22,7 +22,7 @@ from forebay.api import (
     AdapterKind,
     Attempt,
     BackendFailed,
-    BackendRefused,
+    BackendLacks,
     CacheBatch,
     Capabilities,
     EmbedRequest,
@@ -335,8 +335,8 @@ class TrtLlmAdapter(OpenAIServer):
         )
 
 
-def _refusal(field: str, why: str) -> BackendRefused:
-    return BackendRefused(f"trtllm-serve {why}", param=field)
+def _refusal(field: str, why: str) -> BackendLacks:
+    return BackendLacks(f"trtllm-serve {why}", param=field)
 
 
 def _stream_options(request: GenerateRequest) -> dict[str, object]:

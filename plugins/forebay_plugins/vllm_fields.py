@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from forebay.api import BackendError, BackendRefused, Endpoint, GenerateRequest
+from forebay.api import BackendError, BackendLacks, Endpoint, GenerateRequest
 from forebay_plugins.openai_wire import OpenAIServer
 
 __all__ = ["Known", "known_fields", "refuse_unknown"]
@@ -53,11 +53,11 @@ async def known_fields(server: OpenAIServer) -> Known:
 def refuse_unknown(request: GenerateRequest, known: Known, translated: Collection[str]) -> None:
     """``translated``: fields that are not passed on by their name.
 
-    :raises BackendRefused: a field would be without effect.
+    :raises BackendLacks: a field would be without effect.
     """
     fields = known.get(request.endpoint)
     for field in request.extra if fields else ():
         if field not in (fields or ()) and field not in translated:
-            raise BackendRefused(
+            raise BackendLacks(
                 f"the vLLM backend cannot serve `{field}`: it does not know the field", param=field
             )

@@ -14,7 +14,7 @@ from typing import Literal
 import msgspec
 from msgspec import Raw
 
-from forebay.api import BackendRefused, GenerateRequest
+from forebay.api import BackendLacks, GenerateRequest
 from forebay_plugins.openai_wire import OpenAIServer
 
 __all__ = ["Generation", "asked", "constraints", "generation_of"]
@@ -70,7 +70,7 @@ def constraints(
 ) -> dict[str, object]:
     """Changes to the body, so that the constraints are obeyed.
 
-    :raises BackendRefused: the server knows no such constraint.
+    :raises BackendLacks: the server knows no such constraint.
     """
     if generation == "unknown":
         raise _refused(names[0], "the server was seen to ignore it")
@@ -110,5 +110,5 @@ def _old(request: GenerateRequest, names: list[str]) -> dict[str, object]:
     return changes
 
 
-def _refused(field: str, why: str) -> BackendRefused:
-    return BackendRefused(f"the vLLM backend cannot take this field: {why}", param=field)
+def _refused(field: str, why: str) -> BackendLacks:
+    return BackendLacks(f"the vLLM backend cannot take this field: {why}", param=field)

@@ -16,6 +16,7 @@ from forebay.api import (
     BackendError,
     BackendFailed,
     BackendGarbage,
+    BackendLacks,
     BackendRefused,
     BackendSettings,
     Capabilities,
@@ -484,6 +485,20 @@ async def test_a_models_sampling_defaults_reach_its_backends(serve_gateway) -> N
     assert (first.temperature, first.top_k) == (0, 20)
     assert body == {**CHAT, "temperature": 0, "top_k": 20}
     assert (second.temperature, second.top_k) == (0.6, 3)
+
+
+async def test_what_one_backend_has_no_words_for_is_asked_of_the_next(serve_gateway) -> None:
+    gateway = await serve_gateway(config("a", "b"))
+    gateway.scripted["a"].script = failing(BackendLacks("has no grammar", param="grammar"))
+    async with gateway.client() as client:
+        answers = [await client.post("/v1/chat/completions", json=CHAT) for _ in range(2)]
+        assert [answer.headers["x-forebay-backend"] for answer in answers] == ["b", "b"]
+        gateway.scripted["b"].script = gateway.scripted["a"].script
+        refused = await client.post("/v1/chat/completions", json=CHAT)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "grammar"
+    assert refused.headers["x-forebay-attempts"] == "2"
+    assert gateway.app.fleet.backends["a"].state() == "healthy"
 
 
 async def test_every_error_kind_has_a_status_that_clients_can_act_on() -> None:

@@ -33,6 +33,7 @@ __all__ = [
     "BackendError",
     "BackendFailed",
     "BackendGarbage",
+    "BackendLacks",
     "BackendRefused",
     "BackendTimeout",
     "ConfigError",
@@ -176,6 +177,12 @@ class BackendRefused(BackendError):
     ) -> None:
         super().__init__(message, param=param, code=code)
         self.status = status
+
+
+class BackendLacks(BackendRefused):
+    """The request cannot be put in this backend's words: another one may have them."""
+
+    retryable = True
 
 
 class BackendBusy(BackendError):
