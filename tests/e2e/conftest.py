@@ -137,15 +137,11 @@ class Gateway(Server):
 
         wait_for(shown, seconds, f"{name} with {expected}")
 
-    def wait_until_examined(self, name: str, seconds: float = 300) -> None:
-        """All questions that can be answered have been: from now on it hears clients alone."""
-
-        def settled() -> bool:
-            found = self.backend(name)["examination"]
-            open_ = [found["pending"], *(f["again"] for f in found["findings"].values())]
-            return not any(open_)
-
-        wait_for(settled, seconds, f"the examination of {name}")
+    def wait_until_examined(self, name: str, seconds: float = 120) -> None:
+        """What it can do is known, not only claimed."""
+        wait_for(
+            lambda: self.backend(name)["examination"]["pending"] == [], seconds, f"{name}, examined"
+        )
 
     def engine(self) -> psutil.Process:
         """The native engine's process, a child of the gateway's."""
