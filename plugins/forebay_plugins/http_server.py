@@ -23,7 +23,7 @@ from forebay.api import (
 )
 from forebay_plugins.openai_errors import error_of
 
-__all__ = ["HttpServer", "drain"]
+__all__ = ["HttpClient", "HttpServer", "drain"]
 
 #: Bytes of an error's body that are read.
 _ERROR_BYTES = 64 << 10
@@ -33,8 +33,8 @@ _TRAILER = 0.25
 _TRAILER_BYTES = 128 << 10
 
 
-class HttpServer(Adapter):
-    """One server; how it streams is the subclass's affair."""
+class HttpClient:
+    """Questions to one server."""
 
     #: Headers that must not reach this kind of server.
     withheld: ClassVar[frozenset[str]] = frozenset()
@@ -144,6 +144,10 @@ class HttpServer(Adapter):
     async def aclose(self) -> None:
         if "_upstream" in self.__dict__:
             await self._upstream.aclose()
+
+
+class HttpServer(HttpClient, Adapter):
+    """An adapter of one server; how it streams is the subclass's affair."""
 
 
 def _shaped(body: bytes, shape: type[Any], asked: str) -> Any:

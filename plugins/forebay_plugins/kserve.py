@@ -1,4 +1,4 @@
-"""KServe v2 over HTTP, as Triton speaks it: models, errors, and vectors out of tensors.
+"""KServe v2 as Triton speaks it: models, errors, and vectors out of tensors.
 
 Read in triton-inference-server/server `src/http_server.cc` and tried with Triton 2.51.
 """
@@ -14,25 +14,35 @@ from msgspec import Struct
 from forebay.api import (
     BackendBusy,
     BackendError,
+    BackendFailed,
     BackendGarbage,
     BackendRefused,
+    Inference,
     StreamTruncated,
     UpstreamResponse,
 )
+from forebay_plugins.kserve_tensors import unpack
 from forebay_plugins.openai_errors import error_of
 from forebay_plugins.sse import MAX_EVENT
 
 __all__ = [
+    "JSON_LENGTH",
     "Config",
     "Metadata",
     "Model",
     "Tensor",
     "batches",
     "failure_of",
+    "is_unready",
     "question",
+    "refusal_of",
+    "release_of",
     "responses",
     "vectors",
 ]
+
+#: The header with the bytes of JSON in a body that has tensors in binary behind it.
+JSON_LENGTH = "inference-header-content-length"
 
 
 class Tensor(Struct, frozen=True):
@@ -95,14 +105,35 @@ def failure_of(status: int, headers: Mapping[str, str], body: bytes) -> BackendE
     `generate_stream` a model's own refusal is an event of a stream whose status is not 200.
     """
     body = body.strip().removeprefix(b"data: ")
-    if (status == 404 and b"has no available versions" in body) or (
-        status == 400 and b"not ready" in body
-    ):
+    if status in (400, 404) and is_unready(body.decode(errors="replace")):
         return BackendBusy("the backend's model is not ready")
     error = error_of(status, headers, body)
     if status == 501:  # a kind of request that this model does not take, now or later
         return BackendRefused(error.message)
     return error
+
+
+def release_of(version: str) -> tuple[int, int]:
+    """Of Triton's version, e.g. `2.63.0`; (0, 0): it is none."""
+    major, _, rest = version.partition(".")
+    minor = rest.partition(".")[0]
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (0, 0)
+
+
+def is_unready(message: str) -> bool:
+    """The server speaks of a model that is not loaded just now."""
+    return "has no available versions" in message or "not ready" in message
+
+
+def refusal_of(message: str) -> BackendError:
+    """The error that this message is, where it comes without a status before any response."""
+    if is_unready(message):
+        return BackendBusy("the backend's model is not ready")
+    if "maximum queue size" in message:
+        return BackendBusy(message)
+    if "unknown model" in message:
+        return BackendFailed(f"the backend does not know the model: check `model` ({message})")
+    return BackendRefused(message)
 
 
 async def responses(response: UpstreamResponse) -> AsyncGenerator[dict[str, Any], None]:
@@ -140,35 +171,38 @@ def batches(text: Tensor, model: Model, texts: Sequence[str]) -> list[list[str]]
 
 
 def question(text: Tensor, output: Tensor, batch: Sequence[str]) -> bytes:
-    """The body of `infer` for a batch."""
+    """The body of `infer` for a batch; the vectors in binary, which takes a tenth of the time."""
     shape = [len(batch)] + [1] * (len(text.shape) - 1)
     tensor = {"name": text.name, "shape": shape, "datatype": "BYTES", "data": batch}
-    return msgspec.json.encode({"inputs": [tensor], "outputs": [{"name": output.name}]})
+    wanted = {"name": output.name, "parameters": {"binary_data": True}}
+    return msgspec.json.encode({"inputs": [tensor], "outputs": [wanted]})
 
 
 class Numbers(Struct):
     name: str
+    datatype: str
     shape: list[int]
-    data: list[float]
 
 
 class Answer(Struct):
     outputs: list[Numbers]
 
 
-def vectors(body: bytes, count: int) -> list[tuple[float, ...]]:
+def vectors(answer: Inference, count: int) -> list[tuple[float, ...]]:
     """The vectors of a batch of ``count`` texts.
 
     :raises BackendGarbage: there is not one vector for each.
     """
     try:
-        (numbers,) = msgspec.json.decode(body, type=Answer).outputs
-    except (msgspec.DecodeError, ValueError) as wrong:
-        raise BackendGarbage(f"the backend's answer holds no vectors: {wrong}") from None
-    size, rest = divmod(len(numbers.data), count)
+        length = int(answer.headers[JSON_LENGTH])
+        (numbers,) = msgspec.json.decode(answer.body[:length], type=Answer).outputs
+        data: Sequence[Any] = unpack(numbers.datatype, answer.body[length:])
+    except (msgspec.DecodeError, KeyError, ValueError) as wrong:
+        raise BackendGarbage(f"the backend's answer holds no vectors: {wrong!r}") from None
+    size, rest = divmod(len(data), count)
     if rest or not size or numbers.shape[-1] != size:
         raise BackendGarbage(
             f"the backend sent a tensor of shape {numbers.shape} for {count} texts: "
             "there must be one vector for each"
         )
-    return [tuple(numbers.data[at : at + size]) for at in range(0, len(numbers.data), size)]
+    return [tuple(data[at : at + size]) for at in range(0, len(data), size)]

@@ -72,11 +72,12 @@ def decode(data: bytes) -> tuple[dict[str, Any], Answer]:
 def finish_of(reason: str) -> str:
     """A server's finish reason as one of OpenAI's; any other one (``eos``, ``repetition``) is stop.
 
-    :raises StreamTruncated: the server gave the request up (vLLM ``abort``).
+    :raises StreamTruncated: the server gave the request up (vLLM ``abort``; TensorRT-LLM
+        ``cancelled`` and ``timeout``).
     :raises BackendFailed: the server failed on it (vLLM ``error``).
     """
-    if reason == "abort":
-        raise StreamTruncated("the backend aborted the request")
+    if reason in ("abort", "cancelled", "timeout"):
+        raise StreamTruncated(f"the backend gave the request up ({reason})")
     if reason == "error":
         raise BackendFailed("the backend failed while generating")
     return reason if reason in _FINISHES else "stop"

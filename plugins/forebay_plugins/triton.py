@@ -1,29 +1,28 @@
-"""Adapter ``triton``: NVIDIA's Triton Inference Server by HTTP (tried with 2.51).
+"""Adapter ``triton``: NVIDIA's Triton Inference Server by HTTP or gRPC (tried with 2.51).
 
-Each backend is one model. LLMs (TensorRT-LLM's ensemble, vLLM's backend) are asked by
-`generate_stream` alone: Triton does not notice that the client of a plain `generate` has left.
+Each backend is one model: an LLM (TensorRT-LLM's ensemble, BLS and LLM API, vLLM's backend), an
+embedding model, or any other for `infer`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from contextlib import aclosing
 from functools import cached_property
-from typing import Literal
-from urllib.parse import quote
-
-from msgspec import Struct
+from typing import Any, Literal
 
 from forebay.api import (
+    Adapter,
     AdapterContext,
     AdapterKind,
     Attempt,
-    BackendBusy,
     BackendError,
     BackendFailed,
     BackendRefused,
     Capabilities,
+    ConfigError,
+    Delta,
     Embeddings,
     EmbedRequest,
     Endpoint,
@@ -31,24 +30,25 @@ from forebay.api import (
     Finished,
     GenerateRequest,
     HttpBackendSettings,
-    Inference,
     InferRequest,
     Load,
     Operation,
     Result,
     Started,
     Unsupported,
-    Upstream,
-    UpstreamResponse,
     hookimpl,
 )
 from forebay_plugins import kserve
 from forebay_plugins.chat_templates import ChatTemplate, chat_template
-from forebay_plugins.http_server import HttpServer
+from forebay_plugins.http_server import HttpClient
+from forebay_plugins.interleave import interleave
 from forebay_plugins.kserve import Model
 from forebay_plugins.prometheus_text import samples
 from forebay_plugins.triton_answer import Choice, Tally
-from forebay_plugins.triton_llm import Asked, Ensemble, Layout, VllmBackend
+from forebay_plugins.triton_llm import Asked, Layout
+from forebay_plugins.triton_trtllm import Ensemble, LlmApi
+from forebay_plugins.triton_vllm import VllmBackend
+from forebay_plugins.triton_wire import HttpWire, Wire
 
 __all__ = ["TritonAdapter", "TritonSettings"]
 
@@ -57,12 +57,17 @@ COMPLETION_TOKENS = 16
 #: Seconds after an answer's end in which the stream should end too, or the connection is dropped.
 TRAILER = 0.25
 
+#: Choices of one answer that are generated at the same time.
+AT_ONCE = 8
+
 Kind = Literal["auto", "tensorrtllm", "vllm", "embedding", "infer"]
 
 
 class TritonSettings(HttpBackendSettings, kw_only=True, frozen=True):
     """Settings of `adapter: triton`; `model` names the model in Triton's repository."""
 
+    protocol: Literal["http", "grpc"] = "http"
+    """What is spoken at `url`; `grpc` (port 8001) needs `pip install forebay[triton-grpc]`."""
     kind: Kind = "auto"
     """What kind of model it is; `auto`: found out by its tensors."""
     chat_template: str = ""
@@ -82,32 +87,24 @@ class TritonSettings(HttpBackendSettings, kw_only=True, frozen=True):
     """The TensorRT-LLM model behind the ensemble, under whose name the load is reported."""
 
 
-class Server(Struct):
-    version: str = ""
-
-
-class Listed(Struct):
-    name: str
-    state: str = ""
-
-
-class TritonAdapter(HttpServer):
+class TritonAdapter(Adapter):
     """One model of one Triton server."""
 
-    settings: TritonSettings
-
     def __init__(self, settings: TritonSettings, context: AdapterContext) -> None:
-        super().__init__(settings, context)
+        """
+        :raises ConfigError: what gRPC needs is not installed.
+        """
+        self.settings = settings
+        self._context = context
+        self._wire = _wire(settings, context)
         self._template: ChatTemplate | None = None
         self._model: Model | None = None
-        self._path = f"/v2/models/{quote(settings.model, safe='')}"
+        self._version = ""
 
     @cached_property
-    def _metrics(self) -> Upstream:
-        return self._context.connect(self.settings.metrics_url)
-
-    def error(self, status: int, headers: Mapping[str, str], body: bytes) -> BackendError:
-        return kserve.failure_of(status, headers, body)
+    def _metrics(self) -> HttpClient:
+        url = self.settings.metrics_url
+        return HttpClient(HttpBackendSettings(adapter="triton", url=url), self._context)
 
     async def start(self) -> None:
         """
@@ -119,27 +116,19 @@ class TritonAdapter(HttpServer):
     async def probe(self) -> Capabilities:
         if not self.settings.model:
             raise BackendFailed("`model` must name the model in Triton's repository")
-        for path in ("/v2/health/ready", f"{self._path}/ready"):
-            status = await self.status("GET", path)
-            if status == 400:
-                raise BackendBusy("the backend or its model is not ready")
-            if status != 200:
-                raise BackendFailed(f"GET {path} of the backend: HTTP {status}; check `url`")
-        self._model = await self._read_model()
-        layout = _layout(self.settings, self._model)
+        await self._wire.check_ready()
+        self._version = await self._wire.version()
+        self._model = await self._wire.model()
+        layout = self._layout(self._model)
         return Capabilities(
             endpoints=frozenset(self._endpoints(self._model, layout)),
             logprobs=layout is not None and layout.logprobs,
             schema=layout is not None and layout.schema,
             max_context=self.settings.max_context,
             slots=self.settings.slots,
-            version=(await self.get_json("/v2", Server)).version,
-            models=await self._ready_models(),
+            version=self._version,
+            models=await self._wire.ready_models(),
         )
-
-    async def _read_model(self) -> Model:
-        metadata = await self.get_json(self._path, kserve.Metadata)
-        return Model.of(metadata, await self.get_json(f"{self._path}/config", kserve.Config))
 
     def _endpoints(self, model: Model, layout: Layout | None) -> Iterable[Endpoint]:
         if not model.decoupled:
@@ -151,24 +140,11 @@ class TritonAdapter(HttpServer):
         elif _vectors(self.settings, model) is not None:
             yield "embeddings"
 
-    async def _ready_models(self) -> tuple[str, ...]:
-        """Those of the repository; servers may restrict its index."""
-        try:
-            listed = await self.post_json("/v2/repository/index", {}, list[Listed], Attempt())
-        except (BackendRefused, BackendFailed):
-            return (self.settings.model,)
-        return tuple(dict.fromkeys(model.name for model in listed if model.state == "READY"))
-
     async def load(self) -> Load | None:
         """What TensorRT-LLM reports of its engine; of other models only the queue before them."""
         if not self.settings.metrics_url:
             return None
-        response = await self._metrics.send("GET", "/metrics")
-        try:
-            await self._check(response, "")
-            page = await response.read()
-        finally:
-            await response.aclose()
+        page = await self._metrics.get("/metrics")
         requests, engine = "nv_trt_llm_request_metrics", self.settings.engine
         active = samples(page, requests, model=engine, request_type="active")
         waiting = samples(page, requests, model=engine, request_type="waiting")
@@ -186,30 +162,50 @@ class TritonAdapter(HttpServer):
     async def stream(
         self, request: GenerateRequest, attempt: Attempt
     ) -> AsyncGenerator[Event, None]:
-        """In the typed lane. Several choices are generated one after the other."""
-        self._model = self._model or await self._read_model()
-        layout = _layout(self.settings, self._model)
+        """In the typed lane; several choices are generated at the same time."""
+        model = await self._known()
+        layout = self._layout(model)
         if layout is None:
             raise Unsupported("the backend's model generates no text")
-        asked = [self._asked(request, index) for index in range(request.choices)]
-        bodies = [layout.body(request, choice) for choice in asked]  # refused before any is sent
-        tally = Tally()
-        for index, body in enumerate(bodies):
-            async with self._open("generate_stream", body, attempt) as response:
-                if index == 0:
+        all_asked = [self._asked(request, index) for index in range(request.choices)]
+        inputs = [layout.inputs(request, asked) for asked in all_asked]  # before any is sent
+        choices = [
+            Choice(index, request, asked, layout, self.settings.accumulates)
+            for index, asked in enumerate(all_asked)
+        ]
+        answers = [
+            self._answer(layout, choice, self._wire.generate(model, given, attempt))
+            for choice, given in zip(choices, inputs, strict=True)
+        ]
+        started = False
+        async with aclosing(interleave(answers, AT_ONCE)) as deltas:
+            async for delta in deltas:
+                if not started:
                     yield Started()
-                choice = Choice(index, request, asked[index], layout, self.settings.accumulates)
-                async with aclosing(kserve.responses(response)) as pieces:
-                    async for piece in pieces:
-                        for delta in choice.feed(layout.read(piece)):
-                            yield delta
-                        if choice.finished:
-                            await _drain(pieces)
-                            break
-                    for delta in choice.end():
-                        yield delta
-                tally.add(choice, first=index % request.n == 0)
+                    started = True
+                yield delta
+        tally = Tally()
+        for index, choice in enumerate(choices):
+            tally.add(choice, first=index % request.n == 0)
         yield Finished(tally.usage(), tally.timings(), model=self.settings.model)
+
+    async def _answer(
+        self, layout: Layout, choice: Choice, responses: AsyncGenerator[dict[str, Any], None]
+    ) -> AsyncGenerator[Delta, None]:
+        async with aclosing(responses):
+            async for response in responses:
+                for delta in choice.feed(layout.read(response)):
+                    yield delta
+                if choice.finished:
+                    await _drain(responses)
+                    break
+        for delta in choice.end():
+            yield delta
+
+    async def _known(self) -> Model:
+        """The model, also before the first probe."""
+        self._model = self._model or await self._wire.model()
+        return self._model
 
     def _asked(self, request: GenerateRequest, index: int) -> Asked:
         """
@@ -234,26 +230,14 @@ class TritonAdapter(HttpServer):
 
     async def perform(self, request: Operation, attempt: Attempt) -> Result:
         if isinstance(request, InferRequest):
-            return await self._infer(request, attempt)
+            return await self._wire.infer(request, attempt)
         if isinstance(request, EmbedRequest):
             return await self._embed(request, attempt)
         return await super().perform(request, attempt)
 
-    async def _infer(self, request: InferRequest, attempt: Attempt) -> Inference:
-        path = f"versions/{quote(request.version, safe='')}/infer" if request.version else "infer"
-        async with self._open(path, request.body, attempt, request.headers) as response:
-            headers = {
-                name: value
-                for name, value in response.headers.items()
-                if name in ("content-encoding", "inference-header-content-length")
-            }
-            content_type = response.headers.get("content-type", "application/json")
-            body = await response.read()
-            return Inference(body, content_type, headers, model=self.settings.model)
-
     async def _embed(self, request: EmbedRequest, attempt: Attempt) -> Embeddings:
-        self._model = self._model or await self._read_model()
-        tensors = _vectors(self.settings, self._model)
+        model = await self._known()
+        tensors = _vectors(self.settings, model)
         if tensors is None:
             raise Unsupported("the backend's model gives no embeddings")
         refused = ["dimensions"] if request.dimensions is not None else list(request.extra)
@@ -263,50 +247,56 @@ class TritonAdapter(HttpServer):
         if len(texts) < len(request.inputs):
             raise BackendRefused("a model behind Triton takes no token ids", param="input")
         found: list[tuple[float, ...]] = []
-        for batch in kserve.batches(tensors[0], self._model, texts):
-            body = kserve.question(*tensors, batch)
-            async with self._open("infer", body, attempt) as response:
-                found += kserve.vectors(await response.read(), len(batch))
+        for batch in kserve.batches(tensors[0], model, texts):
+            asked = InferRequest(
+                id=request.id,
+                model=request.model,
+                created=request.created,
+                body=kserve.question(*tensors, batch),
+            )
+            found += kserve.vectors(await self._wire.infer(asked, attempt), len(batch))
         return Embeddings(tuple(found), model=self.settings.model)
 
-    @asynccontextmanager
-    async def _open(
-        self, path: str, body: bytes, attempt: Attempt, headers: Mapping[str, str] = {}
-    ) -> AsyncIterator[UpstreamResponse]:
-        """A 200 of this model.
+    def _layout(self, model: Model) -> Layout | None:
+        """How to ask the model for text; None if it gives none.
 
-        :raises BackendError: it is none, or of another kind than asked for.
+        :raises BackendFailed: it lacks the tensors of the configured kind.
         """
-        response = await self.post(f"{self._path}/{path}", body, attempt, headers)
-        try:
-            streams = path == "generate_stream"
-            await self._check(response, "text/event-stream" if streams else "application/")
-            yield response
-        finally:
-            await response.aclose()
+        kinds: dict[Kind, tuple[type[Layout], ...]] = {
+            "tensorrtllm": (Ensemble, LlmApi),
+            "vllm": (VllmBackend,),
+        }
+        wanted = self.settings.kind
+        for kind, layouts in kinds.items():
+            for layout in layouts:
+                known = layout.known_by <= model.inputs.keys() and "text_output" in model.outputs
+                if wanted in ("auto", kind) and known:
+                    return layout(model, self._version, self.settings.neutral_sampling)
+        if wanted in kinds:
+            needed = " or ".join(str(sorted(layout.known_by)) for layout in kinds[wanted])
+            raise BackendFailed(
+                f"`kind: {wanted}`: the model must have {needed}, and text_output, "
+                f"but has {sorted(model.inputs)} and {sorted(model.outputs)}"
+            )
+        return None
 
     async def aclose(self) -> None:
-        await super().aclose()
+        await self._wire.aclose()
         if "_metrics" in self.__dict__:
             await self._metrics.aclose()
 
 
-def _layout(settings: TritonSettings, model: Model) -> Layout | None:
-    """How to ask the model for text; None if it gives none.
-
-    :raises BackendFailed: it lacks the tensors of the configured kind.
-    """
-    kinds: dict[Kind, type[Layout]] = {"tensorrtllm": Ensemble, "vllm": VllmBackend}
-    for kind, layout in kinds.items():
-        known = layout.known_by <= model.inputs.keys() and "text_output" in model.outputs
-        if settings.kind == kind and not known:
-            raise BackendFailed(
-                f"`kind: {kind}`: the model must have {sorted(layout.known_by)} and text_output, "
-                f"but has {sorted(model.inputs)} and {sorted(model.outputs)}"
-            )
-        if settings.kind in ("auto", kind) and known:
-            return layout(model)
-    return None
+def _wire(settings: TritonSettings, context: AdapterContext) -> Wire:
+    if settings.protocol == "http":
+        return HttpWire(settings, context)
+    try:
+        from forebay_plugins.triton_grpc import GrpcWire
+    except ImportError as missing:
+        raise ConfigError(
+            f"backends.{context.name}: `protocol: grpc` needs {missing.name}; "
+            "run `pip install 'forebay[triton-grpc]'`"
+        ) from None
+    return GrpcWire(settings)
 
 
 def _vectors(settings: TritonSettings, model: Model) -> tuple[kserve.Tensor, kserve.Tensor] | None:

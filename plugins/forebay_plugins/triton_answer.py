@@ -35,7 +35,8 @@ class Choice:
         self._index = index
         self._asked = asked
         self._layout = layout
-        self._accumulates = accumulates
+        self._accumulates = accumulates or layout.accumulates
+        self._top = request.sampling.logprobs or 0
         self._echo = asked.prompt if request.echo and request.endpoint == "completions" else ""
         self._stop = StopStrings(asked.stop if layout.keeps_stop else ())
         self._text = 0
@@ -83,7 +84,7 @@ class Choice:
             self._counts.append(piece.output_tokens)
         self._reason = piece.finish_reason or self._reason
         self.timings = piece.timings or self.timings
-        logprobs = self._new(piece.logprobs, text)
+        logprobs = self._told(piece.tokens) or self._new(piece.logprobs, text)
         shown = self._take_echo() + self._stop.feed(text)
         if shown or (logprobs and not self._stop.found):
             yield Delta(self._index, shown, logprobs=logprobs)
@@ -110,6 +111,10 @@ class Choice:
     def _take_echo(self) -> str:
         echo, self._echo = self._echo, ""
         return echo
+
+    def _told(self, tokens: tuple[TokenLogprob, ...]) -> tuple[TokenLogprob, ...]:
+        """As many of the likeliest as were asked for: the chosen token may stand there as well."""
+        return tuple(TokenLogprob(one.token, one.logprob, one.top[: self._top]) for one in tokens)
 
     def _new(self, logprobs: tuple[float, ...], text: str) -> tuple[TokenLogprob, ...]:
         """Of the tokens that came now: some releases repeat those of all tokens before.

@@ -1,9 +1,7 @@
-"""What LLMs behind Triton want to be asked, and what they answer: two layouts of tensors.
+"""What LLMs behind Triton want to be asked, and what they answer, whatever their tensors.
 
-TensorRT-LLM's `ensemble` and `tensorrt_llm_bls` have a tensor for each parameter; vLLM's backend
-takes its sampling parameters as one JSON text. Triton itself takes any further key of
-`generate_stream` as a parameter and ignores it, so here every field is checked against the model's
-own tensors, as names differ between releases.
+Triton itself takes any further key of `generate_stream` as a parameter and ignores it, so here
+every field is checked against the model's own tensors, as names differ between releases.
 """
 
 from __future__ import annotations
@@ -14,12 +12,12 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Struct
 
-from forebay.api import BackendGarbage, BackendRefused, GenerateRequest, Timings
+from forebay.api import BackendGarbage, BackendRefused, GenerateRequest, Timings, TokenLogprob
 from forebay_plugins.kserve import Model
 
-__all__ = ["Asked", "Ensemble", "Layout", "Piece", "VllmBackend"]
+__all__ = ["Asked", "Layout", "Piece"]
 
 
 class Asked(Struct, frozen=True):
@@ -32,14 +30,16 @@ class Asked(Struct, frozen=True):
 
 
 class Piece(Struct, frozen=True):
-    """One response of `generate_stream`."""
+    """One response of a model."""
 
     text: str
     #: None: not said, or not over yet.
     finish_reason: str | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
+    #: Of tokens whose texts are not told, and of such as are.
     logprobs: tuple[float, ...] = ()
+    tokens: tuple[TokenLogprob, ...] = ()
     #: Only in the last response, if at all.
     timings: Timings | None = None
 
@@ -51,11 +51,29 @@ class Layout(ABC):
     title: ClassVar[str]
     #: It leaves stop strings in the text.
     keeps_stop: ClassVar[bool]
+    #: Each response has the whole text so far.
+    accumulates: ClassVar[bool] = False
     #: The inputs by which it is known.
     known_by: ClassVar[frozenset[str]]
+    #: Inputs that are set wherever the model has them.
+    switches: ClassVar[Mapping[str, bool]] = {
+        "exclude_input_in_output": True,
+        "return_finish_reason": True,
+        "return_num_input_tokens": True,
+        "return_num_output_tokens": True,
+        "return_perf_metrics": True,
+    }
+    #: The switch by which a decoupled model streams.
+    streams_by: ClassVar[str] = "stream"
+    #: It can tell the likeliest tokens beside the chosen one.
+    top_logprobs: ClassVar[bool] = False
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, server: str = "", neutral: bool = True) -> None:
+        """``server``: Triton's version. ``neutral``: randomness that nobody speaks of is sent too,
+        with values by which every token keeps its probability."""
         self.model = model
+        self.server = server
+        self.neutral = neutral
 
     @property
     def logprobs(self) -> bool:
@@ -68,25 +86,17 @@ class Layout(ABC):
     @property
     def says_finish(self) -> bool:
         """A stream without a finish reason has been broken off."""
-        return False
+        return "return_finish_reason" in self.model.inputs
 
-    def body(self, request: GenerateRequest, asked: Asked) -> bytes:
-        """The body of `generate_stream`.
+    def inputs(self, request: GenerateRequest, asked: Asked) -> dict[str, object]:
+        """The model's input tensors by name, one-dimensional or bare values.
 
         :raises BackendRefused: naming a field that this model does not know.
         """
         self._check(request)
-        body = {"text_input": asked.prompt, **self.sampling(request, asked)}
-        switches = {
-            "stream": self.model.decoupled,
-            "exclude_input_in_output": True,
-            "return_finish_reason": True,
-            "return_num_input_tokens": True,
-            "return_num_output_tokens": True,
-            "return_perf_metrics": True,
-        }
-        body |= {name: on for name, on in switches.items() if name in self.model.inputs}
-        return msgspec.json.encode(body)
+        found = {"text_input": asked.prompt, **self.sampling(request, asked)}
+        switches = {self.streams_by: self.model.decoupled, **self.switches}
+        return found | {name: on for name, on in switches.items() if name in self.model.inputs}
 
     @abstractmethod
     def sampling(self, request: GenerateRequest, asked: Asked) -> dict[str, object]: ...
@@ -101,7 +111,7 @@ class Layout(ABC):
         reason = response.get("finish_reason")
         return Piece(
             text=text,
-            # vLLM's backend says so before the end.
+            # Python's word for none, until it is over.
             finish_reason=reason
             if isinstance(reason, str) and reason not in ("None", "")
             else None,
@@ -112,11 +122,11 @@ class Layout(ABC):
         )
 
     def _check(self, request: GenerateRequest) -> None:
-        """Refuse what holds for either layout."""
+        """Refuse what holds for every layout."""
         sampling = request.sampling
         if sampling.logprobs is not None and not self.logprobs:
             raise self.refusal("logprobs")
-        if sampling.logprobs:
+        if sampling.logprobs and not self.top_logprobs:
             field = "top_logprobs" if request.endpoint == "chat" else "logprobs"
             raise self.refusal(field, "gives log probabilities of the chosen tokens alone")
         if request.needs_schema and not self.schema:
@@ -124,175 +134,25 @@ class Layout(ABC):
         if request.echo and sampling.logprobs is not None:
             raise self.refusal("echo", "gives no log probabilities of the prompt")
 
-    def refusal(self, field: str, why: str = "does not know this field") -> BackendRefused:
-        return BackendRefused(f"{self.title} behind Triton {why}", param=field)
+    def wanted(self, request: GenerateRequest) -> Mapping[str, Any] | None:
+        """The JSON schema of the answer; empty: any JSON object; None: any text.
 
-
-class Ensemble(Layout):
-    """TensorRT-LLM's."""
-
-    title = "TensorRT-LLM's model"
-    keeps_stop = True
-    known_by = frozenset({"text_input", "max_tokens"})
-
-    #: Older names of tensors.
-    older: ClassVar[Mapping[str, str]] = {"seed": "random_seed", "min_tokens": "min_length"}
-    #: Fields of a request by the value at which they change nothing.
-    neutral: ClassVar[Mapping[str, float]] = {
-        "min_p": 0,
-        "frequency_penalty": 0,
-        "presence_penalty": 0,
-        "repetition_penalty": 1,
-        "min_tokens": 0,
-    }
-    #: Fields beyond OpenAI's that are tensors of the same name.
-    passed: ClassVar[frozenset[str]] = frozenset(
-        {
-            "bad_words",
-            "embedding_bias_weights",
-            "embedding_bias_words",
-            "end_id",
-            "guided_decoding_guide",
-            "guided_decoding_guide_type",
-            "length_penalty",
-            "lora_task_id",
-            "pad_id",
-        }
-    )
-
-    @property
-    def logprobs(self) -> bool:
-        return "return_log_probs" in self.model.inputs
-
-    @property
-    def schema(self) -> bool:
-        return {"guided_decoding_guide", "guided_decoding_guide_type"} <= self.model.inputs.keys()
-
-    def sampling(self, request: GenerateRequest, asked: Asked) -> dict[str, object]:
-        said = request.sampling
-        body: dict[str, object] = {"max_tokens": asked.max_tokens}
-        for field, neutral in self.neutral.items():
-            value = getattr(said, field)
-            if value is not None and value != neutral:
-                body[self._tensor(field)] = value
-        for field, value in self._randomness(request).items():
-            body[self._tensor(field)] = value
-        if asked.seed is not None:
-            if asked.seed < 0:
-                raise self.refusal("seed", "takes no seed below 0")
-            body[self._tensor("seed")] = asked.seed
-        if asked.stop:
-            body[self._tensor("stop_words", "stop")] = asked.stop
-        if said.ignore_eos:
-            body[self._tensor("end_id", "ignore_eos")] = -1
-        if said.logprobs is not None:
-            body["return_log_probs"] = True
-        return body | self._guide(request) | self._extra(request)
-
-    def _randomness(self, request: GenerateRequest) -> dict[str, object]:
-        """With neither top_k nor top_p TensorRT-LLM takes the likeliest token at any temperature,
-        and a temperature of 0 it does not take."""
-        said = request.sampling
-        if said.temperature == 0:
-            return {"top_k": 1}
-        body: dict[str, object] = {}
-        if said.temperature is not None:
-            body["temperature"] = said.temperature
-        if said.top_k is not None and said.top_k > 0:
-            body["top_k"] = said.top_k
-        elif said.temperature is not None or said.top_k is not None:
-            body["top_p"] = 1.0
-        if said.top_p is not None:
-            body["top_p"] = said.top_p
-        return body
-
-    def _guide(self, request: GenerateRequest) -> dict[str, object]:
-        """`response_format` as a guide for the answer."""
+        :raises BackendRefused: `response_format` is of another kind.
+        """
         if not request.needs_schema:
+            return None
+        form = msgspec.json.decode(request.fields["response_format"])
+        if form["type"] == "json_object":
             return {}
-        wanted = msgspec.json.decode(request.fields["response_format"])
-        if wanted["type"] == "json_object":
-            return {"guided_decoding_guide_type": "json"}
-        schema = (wanted.get("json_schema") or {}).get("schema")
-        if wanted["type"] != "json_schema" or not isinstance(schema, dict):
+        schema = (form.get("json_schema") or {}).get("schema")
+        if form["type"] != "json_schema" or not isinstance(schema, dict):
             raise self.refusal(
                 "response_format", "takes `json_object`, or `json_schema` with its `schema`"
             )
-        return {
-            "guided_decoding_guide_type": "json_schema",
-            "guided_decoding_guide": msgspec.json.encode(schema).decode(),
-        }
+        return schema
 
-    def _extra(self, request: GenerateRequest) -> dict[str, object]:
-        body: dict[str, object] = {}
-        for field in request.extra:
-            if field == "beam_width" and bytes(request.fields[field]) == b"1":
-                continue
-            if field not in self.passed:
-                raise self.refusal(field)
-            body[self._tensor(field)] = Raw(request.fields[field])
-        return body
-
-    def _tensor(self, name: str, field: str = "") -> str:
-        """The name of that tensor in this release."""
-        for known in (name, self.older.get(name, name)):
-            if known in self.model.inputs:
-                return known
-        raise self.refusal(field or name, f"has no tensor `{name}`")
-
-
-class VllmBackend(Layout):
-    """vLLM's: `SamplingParams` as JSON. It cuts stop strings off by itself."""
-
-    title = "vLLM's model"
-    keeps_stop = False
-    known_by = frozenset({"text_input", "sampling_parameters"})
-
-    #: Fields of a request that `SamplingParams` has by the same name.
-    same: ClassVar[tuple[str, ...]] = (
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "frequency_penalty",
-        "presence_penalty",
-        "repetition_penalty",
-    )
-    passed: ClassVar[frozenset[str]] = frozenset(
-        {
-            "bad_words",
-            "include_stop_str_in_output",
-            "logit_bias",
-            "lora_name",
-            "skip_special_tokens",
-            "spaces_between_special_tokens",
-            "stop_token_ids",
-        }
-    )
-
-    @property
-    def says_finish(self) -> bool:
-        return "return_finish_reason" in self.model.inputs
-
-    def sampling(self, request: GenerateRequest, asked: Asked) -> dict[str, object]:
-        said = request.sampling
-        parameters: dict[str, object] = {"max_tokens": asked.max_tokens}
-        parameters |= {
-            field: getattr(said, field) for field in self.same if getattr(said, field) is not None
-        }
-        if asked.seed is not None:
-            parameters["seed"] = asked.seed
-        if asked.stop:
-            parameters["stop"] = asked.stop
-        if said.min_tokens:
-            parameters["min_tokens"] = said.min_tokens
-        if said.ignore_eos:
-            parameters["ignore_eos"] = True
-        for field in request.extra:
-            if field not in self.passed:
-                raise self.refusal(field)
-            parameters[field] = Raw(request.fields[field])
-        return {"sampling_parameters": msgspec.json.encode(parameters).decode()}
+    def refusal(self, field: str, why: str = "does not know this field") -> BackendRefused:
+        return BackendRefused(f"{self.title} behind Triton {why}", param=field)
 
 
 def _count(value: object) -> int | None:

@@ -160,7 +160,7 @@ serve_triton() { # PORT [option...]: gRPC on PORT+1, metrics on PORT+2
   local port=$1 server libpython name models=$root/triton/models-$1
   tritonserver
   rm -rf "$models"
-  for name in ensemble:words vllm_model:words embedder:embedder; do # model:code
+  for name in ensemble:words vllm_model:words tensorrt_llm:words embedder:embedder; do # model:code
     mkdir -p "$models/${name%:*}/1"
     cp "$repository/scripts/backends/triton/${name#*:}.py" "$models/${name%:*}/1/model.py"
   done

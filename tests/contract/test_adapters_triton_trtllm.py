@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -10,12 +11,18 @@ from typing import ClassVar
 
 import pytest
 
+from forebay.api import Attempt, Delta, Event, GenerateRequest
 from forebay.testing import AdapterContract, Bench, Scenario
 
 
 @pytest.fixture(scope="session")
 def triton_fakes() -> ModuleType:
     return fakes_from("triton_servers")
+
+
+@pytest.fixture(scope="session")
+def triton_grpc() -> ModuleType:
+    return fakes_from("triton_grpc_server")
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +59,45 @@ class TestTritonBeforeTensorRtLlm(OverTriton):
 
 
 class TestTritonBeforeVllm(OverTriton):
+    model = "vllm_model"
+
+
+class OverTritonsGrpc(OverTriton):
+    @pytest.fixture(autouse=True)
+    def _load_grpc(self, triton_grpc: ModuleType) -> None:
+        self.grpc = triton_grpc
+
+    @asynccontextmanager
+    async def bench(self, scenario: Scenario) -> AsyncIterator[Bench]:
+        server = self.grpc.GrpcServer(
+            self.fakes.MODELS, True, self.grpc.model_in(scenario, lambda: server)
+        )
+        server.ready = scenario is not Scenario.BROKEN
+        async with server.serving() as found:
+            url = "http://127.0.0.1:9" if scenario is Scenario.DEAD else found
+            adapter = self.fakes.adapter_for(url, self.model, protocol="grpc")
+            await adapter.start()
+            stream = adapter.stream
+
+            async def read(request: GenerateRequest, attempt: Attempt) -> AsyncIterator[Event]:
+                async with aclosing(stream(request, attempt)) as events:
+                    async for event in events:
+                        yield event
+                        if isinstance(event, Delta):
+                            server.read.set()
+
+            adapter.stream = read
+            try:
+                yield Bench(adapter, lambda: server.running)
+            finally:
+                await adapter.aclose()
+
+
+class TestTritonsGrpcBeforeTensorRtLlm(OverTritonsGrpc):
+    model = "ensemble"
+
+
+class TestTritonsGrpcBeforeVllm(OverTritonsGrpc):
     model = "vllm_model"
 
 

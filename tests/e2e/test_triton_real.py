@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import struct
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import msgspec
@@ -28,6 +29,8 @@ from forebay.api import (
     Inference,
     InferRequest,
     Sampling,
+    TokenLogprob,
+    Usage,
 )
 from forebay.config import Config, Model
 from forebay.loader import load_plugins
@@ -40,7 +43,7 @@ from forebay_plugins.triton import TritonAdapter, TritonSettings
 pytestmark = pytest.mark.e2e
 
 BACKENDS = Path(__file__).parents[2] / "scripts" / "backends" / "backends.sh"
-PORT = 8391
+PROTOCOLS = ["http", "grpc"]
 
 
 @pytest.fixture(scope="module")
@@ -48,21 +51,41 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("triton") / "log"
 
 
+def three_free_ports() -> int:
+    """The first of three in a row."""
+    while True:
+        with ExitStack() as held, suppress(OSError):
+            first = held.enter_context(socket.create_server(("127.0.0.1", 0)))
+            port: int = first.getsockname()[1]
+            for more in (1, 2):
+                held.enter_context(socket.create_server(("127.0.0.1", port + more)))
+            return port
+
+
+class Triton(NamedTuple):
+    url: str
+    grpc: str
+    metrics: str
+
+
 @pytest.fixture(scope="module")
-def triton(log: Path) -> Iterator[str]:
-    """The URL of a running server."""
+def triton(log: Path) -> Iterator[Triton]:
+    """A running server."""
     if subprocess.check_output([BACKENDS, "missing", "triton"]):
         pytest.fail("not installed: run scripts/backends/backends.sh install triton")
-    url = f"http://127.0.0.1:{PORT}"
+    port = three_free_ports()
+    urls = Triton(*(f"http://127.0.0.1:{port + more}" for more in range(3)))
     with log.open("wb") as out:
-        process = subprocess.Popen([BACKENDS, "serve", "triton", str(PORT)], stdout=out, stderr=out)
+        # A model that was unloaded and loaded again keeps the server now and then from ending.
+        command = [BACKENDS, "serve", "triton", str(port), "--exit-timeout-secs", "5"]
+        process = subprocess.Popen(command, stdout=out, stderr=out)
     try:
         for _ in range(150):
             assert process.poll() is None, log.read_text()[-2000:]
             if "Started Metrics Service" in log.read_text():
                 break
             process_wait(process)
-        yield url
+        yield urls
     finally:
         process.terminate()
         process.wait(30)
@@ -76,9 +99,18 @@ def process_wait(process: subprocess.Popen[bytes]) -> None:
 
 
 @asynccontextmanager
-async def adapter_for(url: str, model: str, **settings: Any) -> AsyncIterator[TritonAdapter]:
-    metrics = f"http://127.0.0.1:{PORT + 2}"
-    made = TritonSettings(adapter="triton", url=url, model=model, metrics_url=metrics, **settings)
+async def adapter_for(
+    triton: Triton, model: str, protocol: str = "http", **settings: Any
+) -> AsyncIterator[TritonAdapter]:
+    url = triton.grpc if protocol == "grpc" else triton.url
+    made = TritonSettings(
+        adapter="triton",
+        url=url,
+        protocol=protocol,
+        model=model,
+        metrics_url=triton.metrics,
+        **settings,
+    )
     adapter = TritonAdapter(made, adapter_context())
     await adapter.start()
     try:
@@ -87,9 +119,16 @@ async def adapter_for(url: str, model: str, **settings: Any) -> AsyncIterator[Tr
         await adapter.aclose()
 
 
-@pytest.fixture(params=["ensemble", "vllm_model"])
-async def adapter(request: pytest.FixtureRequest, triton: str) -> AsyncIterator[TritonAdapter]:
-    async with adapter_for(triton, request.param, chat_template="plain") as made:
+@pytest.fixture(params=PROTOCOLS)
+def protocol(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=["ensemble", "vllm_model", "tensorrt_llm"])
+async def adapter(
+    request: pytest.FixtureRequest, triton: Triton, protocol: str
+) -> AsyncIterator[TritonAdapter]:
+    async with adapter_for(triton, request.param, protocol, chat_template="plain") as made:
         yield made
 
 
@@ -106,8 +145,8 @@ async def test_probe(adapter: TritonAdapter) -> None:
     found = await adapter.probe()
     assert found.endpoints == {"chat", "completions"}
     assert found.version == "2.51.0"
-    assert set(found.models) == {"ensemble", "vllm_model", "embedder"}
-    assert found.logprobs == (adapter.settings.model == "ensemble")
+    assert set(found.models) == {"ensemble", "vllm_model", "tensorrt_llm", "embedder"}
+    assert found.logprobs == (adapter.settings.model != "tensorrt_llm")
 
 
 async def test_an_answer_that_ends_by_itself(adapter: TritonAdapter) -> None:
@@ -117,7 +156,10 @@ async def test_an_answer_that_ends_by_itself(adapter: TritonAdapter) -> None:
     assert answer.pieces == 3
     usage = answer.finished.usage
     assert usage is not None
-    assert (usage.prompt_tokens, usage.completion_tokens, usage.source) == (3, 3, "reported")
+    if adapter.settings.model == "tensorrt_llm":  # which tells nothing
+        assert usage == Usage(0, 3, source="counted")
+    else:
+        assert usage == Usage(3, 3)
 
 
 async def test_an_answer_at_its_limit(adapter: TritonAdapter) -> None:
@@ -132,37 +174,45 @@ async def test_chat(adapter: TritonAdapter) -> None:
 
 async def test_every_parameter_is_taken(adapter: TritonAdapter) -> None:
     """Triton checks the type of each tensor."""
-    request = asking(
-        "one two three four",
-        temperature=0.5,
-        top_k=4,
-        top_p=0.5,
-        seed=2**40,
-        presence_penalty=0.5,
-        frequency_penalty=1.0,
-        repetition_penalty=2.0,
-        min_tokens=1,
-        ignore_eos=True,
-        max_tokens=6,
-        stop=("nowhere", "neither"),
-    )
-    answer = await ask(adapter, request)
-    assert answer.texts == {0: " one two three four one two"}
+    known = {
+        "temperature": 0.5,
+        "top_k": 4,
+        "top_p": 0.5,
+        "seed": 2**40,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 1.0,
+        "stop": ("nowhere", "neither"),
+    }
+    if adapter.settings.model != "tensorrt_llm":
+        known |= {"repetition_penalty": 2.0, "min_tokens": 1, "ignore_eos": True}
+    answer = await ask(adapter, asking("one two three four", max_tokens=6, **known))
+    more = " one two" if "ignore_eos" in known else ""
+    assert answer.texts == {0: " one two three four" + more}
 
 
 async def test_stop_strings(adapter: TritonAdapter) -> None:
-    if adapter.settings.model == "vllm_model":
-        return  # vLLM cuts them off by itself, which its stand-in does not
     answer = await ask(adapter, asking("one two three four", stop=("two three",)))
     assert (answer.texts, answer.finishes) == ({0: " one "}, {0: "stop"})
 
 
-async def test_logprobs(triton: str) -> None:
-    async with adapter_for(triton, "ensemble") as adapter:
-        events = await collect(adapter, asking("one three", logprobs=0))
-    found = [one for event in events if isinstance(event, Delta) for one in event.logprobs]
+async def logprobs(adapter: TritonAdapter, count: int) -> list[TokenLogprob]:
+    events = await collect(adapter, asking("one three", logprobs=count))
+    return [one for event in events if isinstance(event, Delta) for one in event.logprobs]
+
+
+async def test_logprobs_of_tensorrt_llm(triton: Triton, protocol: str) -> None:
+    async with adapter_for(triton, "ensemble", protocol) as adapter:
+        found = await logprobs(adapter, 0)
     assert [one.token for one in found] == [" one", " three"]
     assert [one.logprob for one in found] == pytest.approx([-0.4, -0.6])
+
+
+async def test_logprobs_of_vllm(triton: Triton, protocol: str) -> None:
+    async with adapter_for(triton, "vllm_model", protocol) as adapter:
+        none, one, three = [await logprobs(adapter, count) for count in (0, 1, 3)]
+    assert none == [TokenLogprob(" one", -1.0), TokenLogprob(" three", -1.0)]
+    assert [found.top for found in one] == [(("<1>", -0.5),)] * 2
+    assert three[0].top == (("<1>", -0.5), (" one", -1.0), ("<3>", -2.0))
 
 
 async def test_several_prompts(adapter: TritonAdapter) -> None:
@@ -170,11 +220,14 @@ async def test_several_prompts(adapter: TritonAdapter) -> None:
     answer = await ask(adapter, request)
     assert answer.texts == {0: " a b", 1: " a b", 2: " c", 3: " c"}
     assert answer.finished.usage is not None
-    assert answer.finished.usage.prompt_tokens == 3
+    if adapter.settings.model != "tensorrt_llm":
+        assert answer.finished.usage.prompt_tokens == 3
 
 
 async def test_failing_in_mid_stream(adapter: TritonAdapter) -> None:
     events: list[Event] = []
+    if adapter.settings.model == "tensorrt_llm":
+        return  # it knows no `ignore_eos`, without which its stand-in does not get that far
     request = asking("break", ignore_eos=True)
     with pytest.raises(BackendFailed, match="broken in mid-stream"):
         await collect(adapter, request, events)
@@ -190,7 +243,7 @@ async def test_a_models_own_refusal(adapter: TritonAdapter) -> None:
 async def test_closing_frees_the_backend(adapter: TritonAdapter, log: Path) -> None:
     """The model itself says that it was told."""
     before = log.read_text().count("cancelled after")
-    events = stream(adapter, asking("one two", ignore_eos=True, max_tokens=2000))
+    events = stream(adapter, asking("one two " * 900, max_tokens=2000))
     for _ in range(3):
         await anext(events)
     await events.aclose()
@@ -207,14 +260,14 @@ async def test_load(adapter: TritonAdapter) -> None:
     assert (load.running, load.waiting) == (None, 0)
 
 
-async def test_a_model_that_is_unloaded_is_busy(adapter: TritonAdapter, triton: str) -> None:
-    model = f"{triton}/v2/repository/models/{adapter.settings.model}"
+async def test_a_model_that_is_unloaded_is_busy(adapter: TritonAdapter, triton: Triton) -> None:
+    model = f"{triton.url}/v2/repository/models/{adapter.settings.model}"
     await ask(adapter, asking("one"))
     async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
         await client.post(f"{model}/unload", json={})
         try:
             for _ in range(100):
-                if (await client.get(f"{triton}/v2/models/{adapter.settings.model}")).is_error:
+                if (await client.get(f"{triton.url}/v2/models/{adapter.settings.model}")).is_error:
                     break
                 await asyncio.sleep(0.05)
             with pytest.raises(BackendBusy):
@@ -226,8 +279,8 @@ async def test_a_model_that_is_unloaded_is_busy(adapter: TritonAdapter, triton: 
     await ask(adapter, asking("one"))
 
 
-async def test_an_unknown_model_is_the_operators_fault(triton: str) -> None:
-    async with adapter_for(triton, "nonesuch", kind="infer") as adapter:
+async def test_an_unknown_model_is_the_operators_fault(triton: Triton, protocol: str) -> None:
+    async with adapter_for(triton, "nonesuch", protocol, kind="infer") as adapter:
         with pytest.raises(BackendFailed, match="nonesuch"):
             await collect(adapter, asking("one"))
 
@@ -236,9 +289,9 @@ def embedding(*texts: str) -> EmbedRequest:
     return EmbedRequest(id="1", model="m", created=1, inputs=texts)
 
 
-async def test_embeddings_in_more_batches_than_one(triton: str) -> None:
+async def test_embeddings_in_more_batches_than_one(triton: Triton, protocol: str) -> None:
     texts = [f"word{i}" for i in range(11)]
-    async with adapter_for(triton, "embedder") as adapter:
+    async with adapter_for(triton, "embedder", protocol) as adapter:
         found = await adapter.probe()
         assert found.endpoints == {"embeddings", "infer"}
         result = await adapter.perform(embedding(*texts, "word0"), Attempt())
@@ -256,46 +309,60 @@ async def infer(adapter: TritonAdapter, body: bytes, **headers: str) -> Inferenc
     return result
 
 
-async def test_infer_with_tensors_in_json_and_in_binary(triton: str) -> None:
+async def test_infer_with_tensors_in_json_and_in_binary(triton: Triton) -> None:
+    """gRPC is answered to the byte as HTTP is, but for blanks and the order of fields."""
     tensor = {"name": "text", "shape": [1, 1], "datatype": "BYTES"}
     text = struct.pack("<I", 3) + b"sea"
     head = msgspec.json.encode(
         {
+            "id": "7",
             "inputs": [{**tensor, "parameters": {"binary_data_size": len(text)}}],
             "parameters": {"binary_data_output": True},
         }
     )
-    async with adapter_for(triton, "embedder", kind="infer") as adapter:
-        plain = await infer(adapter, msgspec.json.encode({"inputs": [{**tensor, "data": ["sea"]}]}))
-        binary = await infer(
-            adapter,
-            head + text,
-            inference_header_content_length=str(len(head)),
-            content_type="application/octet-stream",
-        )
-    (output,) = msgspec.json.decode(plain.body)["outputs"]
-    assert output["shape"] == [1, 64]
-    assert binary.content_type == "application/octet-stream"
-    numbers = binary.body[int(binary.headers["inference-header-content-length"]) :]
-    assert list(struct.unpack("<64f", numbers)) == output["data"]
+    heads, tails = [], []
+    for protocol in PROTOCOLS:
+        async with adapter_for(triton, "embedder", protocol, kind="infer") as adapter:
+            asked = msgspec.json.encode({"inputs": [{**tensor, "data": ["sea"]}]})
+            plain = await infer(adapter, asked)
+            binary = await infer(
+                adapter,
+                head + text,
+                inference_header_content_length=str(len(head)),
+                content_type="application/octet-stream",
+            )
+        assert binary.content_type == "application/octet-stream"
+        length = int(binary.headers["inference-header-content-length"])
+        told = [msgspec.json.decode(plain.body), msgspec.json.decode(binary.body[:length])]
+        (output,) = told[0]["outputs"]
+        assert output["shape"] == [1, 64]
+        assert told[1]["id"] == "7"
+        tails.append(binary.body[length:])
+        assert list(struct.unpack("<64f", tails[-1])) == pytest.approx(output.pop("data"))
+        heads.append(told)
+    assert tails[0] == tails[1]
+    assert heads[0] == heads[1]
 
 
-async def test_infer_says_what_is_wrong(triton: str) -> None:
-    async with adapter_for(triton, "embedder") as adapter:
+async def test_infer_says_what_is_wrong(triton: Triton, protocol: str) -> None:
+    async with adapter_for(triton, "embedder", protocol) as adapter:
         with pytest.raises(BackendRefused, match="text"):
             await infer(adapter, b'{"inputs":[]}')
-    async with adapter_for(triton, "ensemble") as adapter:
+    async with adapter_for(triton, "ensemble", protocol) as adapter:
         with pytest.raises(BackendRefused, match="decoupled"):
             await infer(adapter, b'{"inputs":[]}')
 
 
 async def test_through_the_gateway(
-    triton: str, serve_gateway: Callable[..., Awaitable[Any]]
+    triton: Triton, protocol: str, serve_gateway: Callable[..., Awaitable[Any]]
 ) -> None:
     """OpenAI's and KServe's clients of one gateway, before three models of one Triton."""
     names = {"words": "ensemble", "vllm": "vllm_model", "vectors": "embedder"}
+    url = triton.grpc if protocol == "grpc" else triton.url
     backends: dict[str, Any] = {
-        name: TritonSettings(adapter="triton", url=triton, model=model, chat_template="gemma")
+        name: TritonSettings(
+            adapter="triton", url=url, protocol=protocol, model=model, chat_template="gemma"
+        )
         for name, model in names.items()
     }
     config = Config(backends=backends, models={name: Model(backends=[name]) for name in names})

@@ -188,19 +188,23 @@ async def stream(exchange: Exchange, scenario: Scenario) -> None:
         exchange.send(event({"error": "the engine has died"}))
 
 
+def adapter_for(url: str, model: str, **settings: Any) -> triton.TritonAdapter:
+    made = triton.TritonSettings(
+        adapter="triton", url=url, model=model, chat_template="plain", **settings
+    )
+    return triton.TritonAdapter(made, adapter_context())
+
+
 @asynccontextmanager
 async def bench(model: str, scenario: Scenario) -> AsyncIterator[Bench]:
-    """The adapter in front of such a model."""
+    """The adapter in front of such a model, by HTTP."""
 
     async def script(exchange: Exchange) -> None:
         await serve(exchange, scenario)
 
     async with ScriptedServer(script) as server:
         url = "http://127.0.0.1:9" if scenario is Scenario.DEAD else server.url
-        settings = triton.TritonSettings(
-            adapter="triton", url=url, model=model, chat_template="plain", metrics_url=url
-        )
-        adapter = triton.TritonAdapter(settings, adapter_context())
+        adapter = adapter_for(url, model, metrics_url=url)
         await adapter.start()
         try:
             yield Bench(adapter, lambda: len(server.running))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.util import module_from_spec, spec_from_file_location
@@ -114,6 +115,9 @@ async def refused(server: ModuleType, request: GenerateRequest, model: str = "en
 
 # What TensorRT-LLM is asked
 
+#: By itself it would take the likeliest token.
+NEUTRAL = {"temperature": 1.0, "top_p": 1.0}
+
 
 @pytest.mark.parametrize(
     ("sampling", "tensors"),
@@ -121,11 +125,10 @@ async def refused(server: ModuleType, request: GenerateRequest, model: str = "en
         ({}, {}),
         ({"max_tokens": None}, {"max_tokens": 16}),
         ({"max_tokens": 3}, {"max_tokens": 3}),
-        ({"temperature": 0.0, "top_p": 0.9}, {"top_k": 1}),
-        ({"temperature": 0.5}, {"temperature": 0.5, "top_p": 1.0}),
+        ({"temperature": 0.5}, {"temperature": 0.5}),
         ({"temperature": 0.5, "top_p": 0.9}, {"temperature": 0.5, "top_p": 0.9}),
         ({"temperature": 0.5, "top_k": 4}, {"temperature": 0.5, "top_k": 4}),
-        ({"top_k": -1}, {"top_p": 1.0}),
+        ({"top_k": -1}, {}),
         ({"frequency_penalty": 0.0, "min_p": 0.0, "repetition_penalty": 1.0}, {}),
         ({"frequency_penalty": 0.5}, {"frequency_penalty": 0.5}),
         ({"presence_penalty": 0.5}, {"presence_penalty": 0.5}),
@@ -140,12 +143,18 @@ async def refused(server: ModuleType, request: GenerateRequest, model: str = "en
 async def test_sampling_as_tensors(
     server: ModuleType, sampling: dict[str, Any], tensors: dict[str, Any]
 ) -> None:
-    assert await sent(server, asking(**sampling)) == {"max_tokens": 16, **tensors}
+    plain = {"max_tokens": 16, **NEUTRAL}
+    assert await sent(server, asking(**sampling)) == {**plain, **tensors}
+
+
+async def test_the_likeliest_token_has_no_temperature(server: ModuleType) -> None:
+    body = await sent(server, asking(temperature=0.0, top_p=0.9))
+    assert body == {"max_tokens": 16, "top_k": 1}
 
 
 async def test_further_fields_as_tensors(server: ModuleType) -> None:
     body = await sent(server, with_extra(bad_words=["sea"], beam_width=1, end_id=7))
-    assert body == {"max_tokens": 16, "bad_words": ["sea"], "end_id": 7}
+    assert body == {"max_tokens": 16, **NEUTRAL, "bad_words": ["sea"], "end_id": 7}
 
 
 async def test_a_schema_as_a_guide(server: ModuleType) -> None:
@@ -158,7 +167,7 @@ async def test_a_schema_as_a_guide(server: ModuleType) -> None:
     assert body["guided_decoding_guide_type"] == "json_schema"
     assert json.loads(body["guided_decoding_guide"]) == schema
     body = await sent(server, wanting(type="json_object"))
-    assert body == {"max_tokens": 16, "guided_decoding_guide_type": "json"}
+    assert body == {"max_tokens": 16, **NEUTRAL, "guided_decoding_guide_type": "json"}
     assert await refused(server, wanting(type="regex", regex="a")) == "response_format"
     assert await refused(server, wanting(type="json_object"), "vllm_model") == "response_format"
 
@@ -197,12 +206,18 @@ async def test_sampling_as_json(server: ModuleType) -> None:
     }
     request = asking(**said, stop=("a",), min_tokens=2)
     parameters = await sent(server, request, "vllm_model")
-    assert parameters == {"max_tokens": 16, **said, "stop": ["a"], "min_tokens": 2}
+    assert parameters == {
+        "max_tokens": 16,
+        "top_p": 1.0,
+        **said,
+        "stop": ["a"],
+        "min_tokens": 2,
+    }
 
 
 async def test_further_fields_as_json(server: ModuleType) -> None:
     parameters = await sent(server, with_extra(logit_bias={"7": -1}), "vllm_model")
-    assert parameters == {"max_tokens": 16, "logit_bias": {"7": -1}}
+    assert parameters == {"max_tokens": 16, **NEUTRAL, "logit_bias": {"7": -1}}
     assert await refused(server, with_extra(best_of=2), "vllm_model") == "best_of"
     assert await refused(server, asking(logprobs=0), "vllm_model") == "logprobs"
 
@@ -497,10 +512,13 @@ def embedding(shape: list[int], size: int, out: list[int]) -> Any:
             exchange.answer(200, {"inputs": inputs, "outputs": outputs})
         else:
             (tensor,) = exchange.json["inputs"]
-            assert exchange.json["outputs"] == [{"name": "e"}]
-            data = [1.0, 2.0] * len(tensor["data"])
-            answer = {"name": "e", "datatype": "FP32", "shape": out, "data": data}
-            exchange.answer(200, {"outputs": [answer]})
+            assert exchange.json["outputs"] == [{"name": "e", "parameters": {"binary_data": True}}]
+            head = {"outputs": [{"name": "e", "datatype": "FP32", "shape": out}]}
+            body = json.dumps(head).encode()
+            headers = {"inference-header-content-length": str(len(body))}
+            data = struct.pack("<ff", 1.0, 2.0) * len(tensor["data"])
+            kind = {"content-type": "application/octet-stream"}
+            exchange.answer(200, body + data, {**headers, **kind})
 
     return script
 
@@ -594,3 +612,178 @@ async def test_the_lane_is_typed_for_all(server: ModuleType) -> None:
             events = await collect(adapter, request)
             read_answer(request, events)
             assert isinstance(events[-1], Finished)
+
+
+# TensorRT-LLM's LLM API, and what vLLM's backend tells beside the text
+
+LLM_API = [
+    {"name": name, "datatype": "BYTES", "shape": [1]}
+    for name in (
+        "text_input",
+        "streaming",
+        "return_finish_reason",
+        *(
+            f"sampling_param_{field}"
+            for field in (
+                "temperature",
+                "top_k",
+                "top_p",
+                "frequency_penalty",
+                "presence_penalty",
+                "max_tokens",
+                "stop",
+                "seed",
+                "exclude_input_from_output",
+            )
+        ),
+    )
+]
+
+
+METADATA = {"/v2/models/tensorrt_llm", "/v2/models/vllm_model"}
+
+
+def with_inputs(server: ModuleType, inputs: list[dict[str, Any]], version: str, script: Any) -> Any:
+    """A model with these inputs, behind a Triton of this version."""
+    rest = before(server, script)
+
+    async def both(exchange: Exchange) -> None:
+        if exchange.path == "/v2":
+            exchange.answer(200, {"version": version})
+        elif exchange.method == "GET" and exchange.path in METADATA:
+            outputs = [{"name": "text_output", "datatype": "BYTES", "shape": [-1]}]
+            exchange.answer(200, {"inputs": inputs, "outputs": outputs})
+        elif exchange.path.endswith("/config"):
+            exchange.answer(200, {"model_transaction_policy": {"decoupled": True}})
+        else:
+            await rest(exchange)
+
+    return both
+
+
+def said_so_far(*steps: tuple[str, str]) -> Any:
+    return saying(*({"text_output": text, "finish_reason": reason} for text, reason in steps))
+
+
+async def test_the_llm_api(server: ModuleType) -> None:
+    said = said_so_far((" a", "None"), (" a b", "None"), (" a b", "length"))
+    script = with_inputs(server, LLM_API, "2.70.0", said)
+    request = asking(seed=3, stop=("END",), temperature=0.5, presence_penalty=0.5)
+    async with serving(script, "tensorrt_llm") as (adapter, running):
+        found = await adapter.probe()
+        answer = read_answer(request, await collect(adapter, request))
+        for unknown in (asking(min_p=0.1), asking(logprobs=0), asking(ignore_eos=True)):
+            with pytest.raises(BackendRefused):
+                await collect(adapter, unknown)
+    assert (found.endpoints, found.logprobs, found.schema) == ({"completions"}, False, False)
+    assert (answer.texts, answer.finishes) == ({0: " a b"}, {0: "length"})
+    (asked,) = (e.json for e in running.exchanges if e.path.endswith("generate_stream"))
+    assert asked == {
+        "text_input": "Hello",
+        "sampling_param_max_tokens": 16,
+        "sampling_param_presence_penalty": 0.5,
+        "sampling_param_temperature": 0.5,
+        "sampling_param_top_p": 1.0,
+        "sampling_param_seed": 3,
+        "sampling_param_stop": ["END"],
+        "streaming": True,
+        "sampling_param_exclude_input_from_output": True,
+        "return_finish_reason": True,
+    }
+
+
+@pytest.mark.parametrize("reason", ["cancelled", "timeout", "None"])
+async def test_the_llm_api_gives_up(server: ModuleType, reason: str) -> None:
+    script = with_inputs(server, LLM_API, "2.70.0", said_so_far((" a", "None"), (" a", reason)))
+    async with serving(script, "tensorrt_llm") as (adapter, _):
+        with pytest.raises(StreamTruncated):
+            await collect(adapter, asking())
+
+
+VLLM = [
+    {"name": name, "datatype": "BYTES", "shape": [1]}
+    for name in ("text_input", "sampling_parameters", "return_logprobs", "return_finish_reason")
+]
+
+
+@pytest.mark.parametrize(
+    ("version", "field"),
+    [
+        ("2.51.0", None),
+        ("2.54.0", "guided_decoding"),
+        ("2.62.0dev", "guided_decoding"),
+        ("2.63.0", "structured_outputs"),
+        ("3.0.0", "structured_outputs"),
+        ("", None),
+    ],
+)
+async def test_a_schema_in_the_words_of_each_vllm(
+    server: ModuleType, version: str, field: str | None
+) -> None:
+    script = with_inputs(server, VLLM, version, said_so_far(("{}", "stop")))
+    wanted = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
+    request = msgspec.structs.replace(
+        asking(), fields={"response_format": Raw(msgspec.json.encode(wanted))}, needs_schema=True
+    )
+    any_object = {"response_format": Raw(b'{"type": "json_object"}')}
+    async with serving(script, "vllm_model") as (adapter, running):
+        assert (await adapter.probe()).schema == (field is not None)
+        if field is None:
+            with pytest.raises(BackendRefused, match="vLLM"):
+                await collect(adapter, request)
+            return
+        await collect(adapter, request)
+        await collect(adapter, msgspec.structs.replace(request, fields=any_object))
+    asked = [
+        json.loads(json.loads(e.json["sampling_parameters"])[field])
+        for e in running.exchanges
+        if e.path.endswith("generate_stream")
+    ]
+    assert asked == [{"json": {"type": "object"}}, {"json_object": True}]
+
+
+def place(*tokens: tuple[str, float, int | None]) -> dict[str, Any]:
+    return {
+        str(number): {"decoded_token": token, "logprob": logprob, "rank": rank}
+        for number, (token, logprob, rank) in enumerate(tokens)
+    }
+
+
+async def test_logprobs_of_vllm(server: ModuleType) -> None:
+    """The chosen token comes first, whatever its rank."""
+    places = [
+        [place((" a", -2.0, 9), ("x", -0.1, 1), ("y", -0.2, 2))],
+        [place((" b", -0.2, 2), ("x", -0.1, 1)), place(("", -0.3, 1), ("y", -0.4, 2))],
+    ]
+    responses = [
+        {"text_output": text, "finish_reason": reason, "logprobs": json.dumps(told)}
+        for text, reason, told in zip((" a", " b"), ("None", "stop"), places, strict=True)
+    ]
+    end = {"text_output": "", "finish_reason": "stop", "logprobs": "null"}
+    script = with_inputs(server, VLLM, "2.63.0", saying(*responses, end))
+    async with serving(script, "vllm_model") as (adapter, running):
+        assert (await adapter.probe()).logprobs
+        events = await collect(adapter, asking(logprobs=2))
+    found = [one for event in events if isinstance(event, Delta) for one in event.logprobs]
+    assert [(one.token, one.logprob, one.top) for one in found] == [
+        (" a", -2.0, (("x", -0.1), ("y", -0.2))),
+        (" b", -0.2, (("x", -0.1), (" b", -0.2))),
+        ("", -0.3, (("", -0.3), ("y", -0.4))),
+    ]
+    asked = running.exchanges[-1].json
+    assert asked["return_logprobs"] is True
+    assert json.loads(asked["sampling_parameters"])["logprobs"] == 2
+
+
+async def test_logprobs_of_vllm_that_are_none(server: ModuleType) -> None:
+    response = {"text_output": " a", "finish_reason": "stop", "logprobs": '{"a": 1}'}
+    script = with_inputs(server, VLLM, "2.63.0", saying(response))
+    async with serving(script, "vllm_model") as (adapter, _):
+        with pytest.raises(BackendGarbage, match="logprobs"):
+            await collect(adapter, asking(logprobs=0))
+
+
+async def test_the_models_own_sampling(server: ModuleType) -> None:
+    for model in ("ensemble", "vllm_model"):
+        body = await sent(server, asking(), model, neutral_sampling=False)
+        assert body == {"max_tokens": 16}

@@ -1,10 +1,12 @@
-"""A made-up generator behind the tensors of two real backends, for Triton's Python backend.
+"""A made-up generator behind the tensors of three real backends, for Triton's Python backend.
 
 It says the prompt's words again, one a token, each with a space before it, and then falls silent.
 As model `ensemble` it has the tensors of TensorRT-LLM's ensemble, and like it leaves stop words in
-the text; as `vllm_model` those of vLLM's backend, and like it ends before a stop string, wherever
-that begins. Each ignores what it does not know. With `end_id` -1 (`ignore_eos`) the words go round
-until `max_tokens`. A token takes $TRITON_TOKEN_MS (10). The prompt `break` fails after two tokens.
+the text; as `vllm_model` those of vLLM's backend; as `tensorrt_llm` those of TensorRT-LLM's LLM
+API, whose every response has the whole text so far. The latter two end before a stop string,
+wherever that begins. Each ignores what it does not know. With `end_id` -1 (`ignore_eos`) the words
+go round until `max_tokens`. A token takes $TRITON_TOKEN_MS (10). The prompt `break` fails after two
+tokens.
 """
 
 from __future__ import annotations
@@ -61,16 +63,38 @@ VLLM_INPUTS = {
     "stream": "BOOL",
     "exclude_input_in_output": "BOOL",
     "return_finish_reason": "BOOL",
+    "return_logprobs": "BOOL",
     "return_num_input_tokens": "BOOL",
     "return_num_output_tokens": "BOOL",
 }
 VLLM_OUTPUTS = {
     "text_output": "STRING",
     "finish_reason": "STRING",
+    "logprobs": "STRING",
     "num_input_tokens": "UINT32",
     "num_output_tokens": "UINT32",
 }
 TIMES = ("arrival", "first_scheduled", "first_token", "last_token")
+LLMAPI_INPUTS = {
+    "text_input": "STRING[]",
+    "streaming": "BOOL",
+    "sampling_param_temperature": "FP32",
+    "sampling_param_top_k": "INT32",
+    "sampling_param_top_p": "FP32",
+    "sampling_param_frequency_penalty": "FP32",
+    "sampling_param_presence_penalty": "FP32",
+    "sampling_param_max_tokens": "INT32",
+    "sampling_param_stop": "STRING[]",
+    "sampling_param_seed": "UINT64",
+    "sampling_param_exclude_input_from_output": "BOOL",
+    "return_finish_reason": "BOOL",
+}
+LLMAPI_OUTPUTS = {"text_output": "STRING", "finish_reason": "STRING"}
+MODELS = {
+    "ensemble": (16, ENSEMBLE_INPUTS, ENSEMBLE_OUTPUTS),
+    "vllm_model": (0, VLLM_INPUTS, VLLM_OUTPUTS),
+    "tensorrt_llm": (0, LLMAPI_INPUTS, LLMAPI_OUTPUTS),
+}
 REQUIRED = {"text_input", "max_tokens"}
 
 
@@ -92,23 +116,49 @@ def tensor(name: str, kind: Any, data: Any) -> Any:
     return pb.Tensor(name, np.array([data], dtype=kind))
 
 
-class Asked:
-    """What a request wants, in either backend's words."""
+def string(name: str, data: str) -> Any:
+    return pb.Tensor(name, np.array([data.encode()], dtype=np.object_))
 
-    def __init__(self, request: Any, vllm: bool, arrived: int) -> None:
+
+def likely(text: str, count: int) -> list[dict[int, dict[str, Any]]]:
+    """Of the one token ``text``: itself, which is the second likeliest, and so many beside it."""
+    if not text:
+        return []
+    chosen = {7: {"logprob": -1.0, "rank": 2, "decoded_token": text}}
+    others = [(1, -0.5), (2, -1.0), (3, -2.0)][:count]
+    return [
+        chosen
+        | {
+            100 + rank: {"logprob": logprob, "rank": rank, "decoded_token": f"<{rank}>"}
+            for rank, logprob in others
+            if rank != 2
+        }
+    ]
+
+
+class Asked:
+    """What a request wants, in the backend's words."""
+
+    def __init__(self, request: Any, model: str, arrived: int) -> None:
         #: By a clock of its own: when it came, was begun, and gave its first and last tokens.
         self.times = dict.fromkeys(TIMES, time.monotonic_ns()) | {"arrival": arrived}
         self.prompt = value(request, "text_input", "")
-        self.stream = value(request, "stream", False)
-        if vllm:
+        self.stream = value(request, "stream", False) or value(request, "streaming", False)
+        self.endless = False
+        if model == "vllm_model":
             said = json.loads(value(request, "sampling_parameters", "{}"))
             self.limit = said.get("max_tokens", 16)
             self.endless = said.get("ignore_eos", False)
             self.stop = tuple(said.get("stop") or ())
-        else:
+            wanted = value(request, "return_logprobs", False)
+            self.logprobs = said.get("logprobs") if wanted else None
+        elif model == "ensemble":
             self.limit = value(request, "max_tokens", 0)
             self.endless = value(request, "end_id", 0) == -1
             self.stop = strings(request, "stop_words")
+        else:
+            self.limit = value(request, "sampling_param_max_tokens", 32)
+            self.stop = strings(request, "sampling_param_stop")
         if self.limit <= 0:
             raise ValueError(f"max_tokens must be above 0, is {self.limit}")
 
@@ -120,19 +170,19 @@ class Asked:
 class TritonPythonModel:
     @staticmethod
     def auto_complete_config(config: Any) -> Any:
-        vllm = config.as_dict()["name"] == "vllm_model"
-        config.set_max_batch_size(0 if vllm else 16)
+        batch, inputs, outputs = MODELS[config.as_dict()["name"]]
+        config.set_max_batch_size(batch)
         config.set_model_transaction_policy({"decoupled": True})
-        for name, kind in (VLLM_INPUTS if vllm else ENSEMBLE_INPUTS).items():
+        for name, kind in inputs.items():
             dims = [-1] if kind.endswith("[]") else [1]
             entry = {"name": name, "data_type": f"TYPE_{kind.removesuffix('[]')}", "dims": dims}
             config.add_input({**entry, "optional": name not in REQUIRED})
-        for name, kind in (VLLM_OUTPUTS if vllm else ENSEMBLE_OUTPUTS).items():
+        for name, kind in outputs.items():
             config.add_output({"name": name, "data_type": f"TYPE_{kind}", "dims": [-1]})
         return config
 
     def initialize(self, args: dict[str, str]) -> None:
-        self.vllm = args["model_name"] == "vllm_model"
+        self.model = args["model_name"]
         self.running: set[threading.Thread] = set()
 
     def execute(self, requests: list[Any]) -> None:
@@ -149,7 +199,7 @@ class TritonPythonModel:
 
     def answer(self, request: Any, arrived: int, sender: Any) -> None:
         try:
-            self.generate(request, Asked(request, self.vllm, arrived), sender)
+            self.generate(request, Asked(request, self.model, arrived), sender)
         except Exception as error:  # noqa: BLE001 - else the client would wait for ever
             wrong = isinstance(error, ValueError)
             code = pb.TritonError.INVALID_ARG if wrong else pb.TritonError.INTERNAL
@@ -173,28 +223,29 @@ class TritonPythonModel:
                 asked.times["first_token"] = asked.times["last_token"]
             sent, text = len(text), f"{text} {word}"
             stopped = bool(asked.stop) and text.endswith(asked.stop)
-            if self.vllm:
+            if self.model != "ensemble":
                 ends = [at for stop in asked.stop if (at := text.find(stop)) >= 0]
                 stopped, text = bool(ends), text[: min(ends, default=None)]
             if asked.stream:
-                sender.send(self.response(request, asked, text[sent:], count))
+                said = text if self.model == "tensorrt_llm" else text[sent:]
+                sender.send(self.response(request, asked, said, count))
             if stopped:
                 break
         reason = "length" if count == asked.limit and not stopped else "stop"
-        last = "" if asked.stream else text
+        last = "" if asked.stream and self.model != "tensorrt_llm" else text
         sender.send(self.response(request, asked, last, count, reason), flags=FINAL)
 
     def response(self, request: Any, asked: Asked, text: str, count: int, reason: str = "") -> Any:
         """Of one token, or with ``reason`` the last, whose text is empty in a stream."""
         words = len(asked.prompt.split())
-        if self.vllm:
-            new = count if reason and not asked.stream else 0 if reason else 1
-            outputs = [
-                pb.Tensor("text_output", np.array([text.encode()], dtype=np.object_)),
-                pb.Tensor("finish_reason", np.array([(reason or "None").encode()], np.object_)),
-                pb.Tensor("num_input_tokens", np.array([words], dtype=np.uint32)),
-                pb.Tensor("num_output_tokens", np.array([new], dtype=np.uint32)),
-            ]
+        if self.model != "ensemble":
+            outputs = [string("text_output", text), string("finish_reason", reason or "None")]
+            if self.model == "vllm_model":
+                new = count if reason and not asked.stream else 0 if reason else 1
+                outputs.append(pb.Tensor("num_input_tokens", np.array([words], dtype=np.uint32)))
+                outputs.append(pb.Tensor("num_output_tokens", np.array([new], dtype=np.uint32)))
+                if asked.logprobs is not None:
+                    outputs.append(string("logprobs", json.dumps(likely(text, asked.logprobs))))
             return pb.InferenceResponse(outputs)
         outputs = [tensor("text_output", np.object_, [text.encode()])]
         if value(request, "return_log_probs", False):
