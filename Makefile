@@ -28,8 +28,9 @@ format: set-up-dev ## format the code and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: set-up-dev ## write docs/configuration.md from the types
+docs: set-up-dev ## write docs/configuration.md from the types, docs/backends.md from the reports
 	$(BIN)/python scripts/generate_config_docs.py
+	$(BIN)/python scripts/generate_backends_doc.py
 
 e2e: set-up-dev model ## install real servers and clients if need be, and drive them through Forebay
 	scripts/backends/backends.sh install model llamacpp vllm triton clients
