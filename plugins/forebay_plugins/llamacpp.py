@@ -5,7 +5,7 @@ It queues without bound and answers no status when full: ``slots`` is what it ca
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from typing import Any, ClassVar
 
 import msgspec
@@ -17,6 +17,7 @@ from forebay.api import (
     BackendRefused,
     Capabilities,
     Endpoint,
+    Event,
     GenerateRequest,
     HttpBackendSettings,
     Load,
@@ -27,6 +28,7 @@ from forebay.api import (
 )
 from forebay_plugins.llamacpp_fields import refuse_unknown
 from forebay_plugins.llamacpp_operations import perform, served
+from forebay_plugins.openai_events import typed_events
 from forebay_plugins.openai_shape import seconds
 from forebay_plugins.openai_wire import OPENAI_NEUTRAL, OpenAIServer
 from forebay_plugins.prometheus_text import samples
@@ -145,6 +147,12 @@ class LlamaCppAdapter(OpenAIServer):
         refuse_unknown(request, self.settings.fields)
         schema = _schema(request) if request.endpoint == "completions" else {}
         return {**schema, **await self._limit(request), **await self._penalties(request)}
+
+    def stream(self, request: GenerateRequest, attempt: Attempt) -> AsyncGenerator[Event, None]:
+        # Those of completions come in the form of chats: so the gateway is to write them.
+        if request.endpoint == "completions" and request.sampling.logprobs is not None:
+            return typed_events(request, self._relay(request, attempt))
+        return super().stream(request, attempt)
 
     async def _limit(self, request: GenerateRequest) -> dict[str, object]:
         """Give every answer an end: by itself the server would go on as long as the model does."""

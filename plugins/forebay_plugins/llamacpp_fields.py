@@ -75,6 +75,8 @@ def refuse_unknown(request: GenerateRequest, further: Set[str]) -> None:
     for field in request.extra:
         if field not in _FIELDS and field not in further:
             raise _refusal(field, "it does not know the field")
+    if request.echo:
+        raise _refusal("echo", "it gives no prompts back")
     if request.sampling.min_tokens > 0:
         raise _refusal("min_tokens", "it has no least length")
 

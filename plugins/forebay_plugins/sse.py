@@ -185,7 +185,7 @@ class Scanner:
         if len(event) > MAX_EVENT:
             raise _too_long()
         data = _data(event)
-        if data is None:
+        if data is None or data == b"null":  # llama.cpp, asked for several prompts
             return b""
         if data.startswith(b"[DONE]"):
             self.done = True

@@ -14,6 +14,7 @@ from msgspec import Raw, structs
 from forebay.api import (
     Attempt,
     BackendRefused,
+    Delta,
     DetokenizeRequest,
     Embeddings,
     EmbedRequest,
@@ -21,9 +22,11 @@ from forebay.api import (
     Ranked,
     Ranking,
     RerankRequest,
+    Sampling,
     ScoreRequest,
     Text,
     TokenizeRequest,
+    TokenLogprob,
     Tokens,
     Unsupported,
     Usage,
@@ -169,3 +172,34 @@ async def test_it_gives_as_many_choices_as_it_has_slots(fakes: ModuleType) -> No
     async with started(fakes) as (adapter, _):
         found = await adapter.probe()
         assert found.max_choices == found.slots > 1
+
+
+async def test_logprobs_of_completions_are_no_chunks_of_chats() -> None:
+    """It writes them in the form of chats; as events, the gateway can write them as it should."""
+    entry = {"token": " b", "logprob": -0.5, "top_logprobs": [{"token": " b", "logprob": -0.5}]}
+
+    async def script(exchange: Exchange) -> None:
+        exchange.begin()
+        for text, logprobs, reason in ((" b", {"content": [entry]}, None), ("", None, "length")):
+            choice = {"text": text, "index": 0, "logprobs": logprobs, "finish_reason": reason}
+            chunk = {"object": "text_completion", "id": "c", "created": 1, "choices": [choice]}
+            exchange.send(b"data: " + msgspec.json.encode(chunk) + b"\n\n")
+        exchange.send(b"data: [DONE]\n\n")
+
+    request = chat_request(endpoint="completions", stream=True, logprobs=1)
+    request = structs.replace(request, sampling=Sampling(logprobs=1, max_tokens=1))
+    async with ScriptedServer(script) as server:
+        settings = LlamaCppSettings(adapter="llamacpp", url=server.url)
+        adapter = LlamaCppAdapter(settings, adapter_context())
+        events = await collect(adapter, request)
+        await adapter.aclose()
+    said = [event for event in events if isinstance(event, Delta)]
+    assert said[0] == Delta(0, " b", logprobs=(TokenLogprob(" b", -0.5, ((" b", -0.5),)),))
+
+
+async def test_a_prompt_that_is_to_be_echoed_is_refused(fakes: ModuleType) -> None:
+    async with started(fakes) as (adapter, _):
+        request = structs.replace(chat_request(endpoint="completions"), echo=True)
+        with pytest.raises(BackendRefused) as refused:
+            await collect(adapter, request)
+        assert refused.value.param == "echo"

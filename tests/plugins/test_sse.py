@@ -164,6 +164,14 @@ def test_comments_fields_and_blank_lines_are_dropped() -> None:
     assert Run(chat_request(model="up"), b": ping\n\n").out == []
 
 
+def test_an_event_that_is_null_says_nothing() -> None:
+    """llama.cpp sends one when it is asked for several prompts."""
+    plain = chunk({"content": "a"})
+    done = Run(chat_request(model="up"), ROLE, b"data: null\n\n", plain + b"data: null\n\n", STOP)
+    assert done.data == ROLE + plain + STOP
+    assert done.events == 3
+
+
 def test_several_data_lines_are_one_event() -> None:
     head, tail = ROLE[:-2].split(b',"choices"')
     done = run(head + b',\ndata:"choices"' + tail + b"\n\n", STOP)
