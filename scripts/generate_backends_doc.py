@@ -26,8 +26,8 @@ HEAD = """\
 
 <!-- Written by scripts/generate_backends_doc.py (`make docs`) from docs/conformance/*.json. -->
 
-What each backend, with Forebay before it, keeps of what clients are promised. Every figure comes from
-a run of `forebay conformance` ([how it judges](conformance.md)); the reports lie in
+What each backend, with Forebay before it, keeps of what clients are promised. Every figure comes
+from a run of `forebay conformance` ([how it judges](conformance.md)); the reports lie in
 [`conformance/`](conformance/).
 
 | | |
@@ -40,9 +40,11 @@ a run of `forebay conformance` ([how it judges](conformance.md)); the reports li
 """
 
 NOT_LIVE = """\
-**Nobody has driven these adapters against the real thing yet: {names}.** {played}The stand-ins are
-small servers in `tests/fakes/`, written from the servers' published interfaces and sources, down to
-the bytes of streams and errors. They show that the adapter and its fake agree, and no more.
+**Nobody has driven these adapters against the real thing yet: {names}.** {played}
+
+The stand-ins are small servers in `tests/fakes/`, written from the servers' published interfaces
+and sources, down to the bytes of streams and errors. They show that the adapter and its fake agree,
+and no more.
 """
 
 
@@ -91,7 +93,7 @@ def not_live(live: dict[str, Report], faked: dict[str, Report]) -> str:
     driven = {report.adapter for report in live.values()}
     names = sorted(own_adapters() - driven - {"simulated"})
     without = sorted(set(names) - {report.adapter for report in faked.values()})
-    played = f"Of {', '.join(f'`{n}`' for n in without)} there is no report at all. "
+    played = f"Of {', '.join(f'`{n}`' for n in without)} there is no report at all."
     listed = ", ".join(f"`{name}`" for name in names)
     return NOT_LIVE.format(names=listed, played=played if without else "")
 
@@ -99,7 +101,8 @@ def not_live(live: dict[str, Report], faked: dict[str, Report]) -> str:
 def own_adapters() -> set[str]:
     """Those of this repository."""
     listed = (ROOT / "plugins" / "README.md").read_text(encoding="utf-8").splitlines()
-    return {line.split("`")[1] for line in listed if line.startswith("| `")}
+    named = {line.split("`")[1] for line in listed if line.startswith("| `")}
+    return {name for name in named if not name.endswith(":")}  # the head of the table does
 
 
 def examined(reports: dict[str, Report]) -> str:

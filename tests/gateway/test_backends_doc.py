@@ -1,4 +1,4 @@
-"""docs/backends.md says what the reports say, and the reports say nothing of where they were made."""
+"""docs/backends.md says what the reports say, which say nothing of where they were made."""
 
 from __future__ import annotations
 

@@ -38,6 +38,10 @@ __all__ = ["BACKEND", "SERVED", "Stage", "Subject", "staged"]
 #: that is not translated shows.
 BACKEND = "examined"
 SERVED = "conformance"
+#: Seconds. Load is read often, for the checks that watch it; a busy machine's probe may take long.
+_PACE = {"load_interval": 0.2, "probe_interval": 1, "probe_timeout": 30}
+#: Seconds that a backend may seem dead: one that starts may.
+_GRACE = 2.0
 
 
 class Subject(Struct, frozen=True, kw_only=True):
@@ -118,7 +122,7 @@ def _config(settings: Mapping[str, Any], model: str, registry: Registry) -> Conf
     tree = {
         # What one check does to the backend must not take it from the next.
         "health": {"failures": 0},
-        "backends": {BACKEND: {"load_interval": 0.2, "probe_interval": 1, **settings}},
+        "backends": {BACKEND: {**_PACE, **settings}},
         "models": {model: {"backends": [BACKEND], "policy": "round_robin"}},
     }
     return build(tree, registry, environ={}, base=Path.cwd(), source="the backend to be examined")
@@ -205,16 +209,16 @@ async def _ready(operator: httpx.AsyncClient, seconds: float) -> Capabilities:
 
     :raises NoBackend: it is not, and why.
     """
-    end = time.monotonic() + seconds
+    began = time.monotonic()
     reason = "the gateway does not answer"
-    while time.monotonic() < end:
+    while (waited := time.monotonic() - began) < seconds:
         with suppress(httpx.ConnectError):
             (backend,) = (await operator.get("/backends")).json()["backends"]
             examination = backend["examination"] or {}
             if backend["state"] == "healthy" and not examination.get("pending"):
                 return _upheld(backend["capabilities"], examination.get("findings", {}))
             reason = backend["reason"] or "it is still being examined"
-            if backend["state"] == "unhealthy":
+            if backend["state"] == "unhealthy" and waited > _GRACE:
                 break
         await asyncio.sleep(0.05)
     raise _not_ready(reason)

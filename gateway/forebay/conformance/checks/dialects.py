@@ -154,7 +154,7 @@ async def messages_usage(talk: Talk) -> None:
 
 @check("dialects.messages-error", "A mistake in a message is an error in Anthropic's shape")
 async def messages_error(talk: Talk) -> None:
-    answer = await talk.ask(MESSAGES, {"model": talk.model, "messages": []})
+    answer = await talk.ask(MESSAGES, {"model": talk.model, "messages": [], "max_tokens": 4})
     answer.refused()
     error: dict[str, Any] = answer.body
     if error["type"] != "error" or error["error"]["type"] != "invalid_request_error":
