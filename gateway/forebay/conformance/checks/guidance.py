@@ -95,10 +95,10 @@ async def strict(talk: Talk) -> None:
     await _bound(talk, _format(schema, strict=True), {"word": _WORDS})
 
 
-@check("guidance.numbers", "So does one with numbers and lists")
+@check("guidance.numbers", "So does one of numbers")
 async def numbers(talk: Talk) -> None:
-    schema = _schema(n={"type": "integer", "enum": [41, 42]}, yes={"type": "boolean"})
-    await _bound(talk, _format(schema), {"n": [41, 42], "yes": [True, False]})
+    schema = _schema(n={"type": "integer", "enum": [41, 42]})
+    await _bound(talk, _format(schema), {"n": [41, 42]})
 
 
 @check("guidance.stream", "A stream is bound as well")
@@ -149,13 +149,20 @@ async def never_ignored(talk: Talk) -> None:
 async def _bound(
     talk: Talk, format_: object, wanted: Mapping[str, list[Any]], stream: bool = False
 ) -> None:
+    """``wanted``: the one key of the object, and the values that it may have."""
     fields = {"response_format": format_, "stream": stream, "max_tokens": _TOKENS}
     answer = (await talk.generate(_ASK, **fields)).expect("response_format", "json_schema")
-    if answer.choice.finish != "stop":
-        raise Broken(f"did not end within {_TOKENS} tokens: {answer.text!r}")
-    found = _object(answer.text)
-    if found.keys() != wanted.keys() or any(found[key] not in wanted[key] for key in wanted):
-        raise Broken(f"the answer is {answer.text!r}")
+    ((key, values),) = wanted.items()
+    if answer.choice.finish == "stop":
+        found = _object(answer.text)
+        if found.keys() != {key} or found[key] not in values:
+            raise Broken(f"the answer is {answer.text!r}")
+        return
+    # Between the tokens of JSON a model may write white space as long as it likes.
+    begun = "".join(answer.text.split())
+    allowed = [msgspec.json.encode({key: value}).decode() for value in values]
+    if not begun or not any(text.startswith(begun) for text in allowed):
+        raise Broken(f"the answer begins {answer.text!r}")
 
 
 def _object(text: str) -> dict[str, Any]:
