@@ -21,6 +21,7 @@ from forebay.api import (
     BackendSettings,
     Capabilities,
     Delta,
+    Endpoint,
     Event,
     Finished,
     GenerateRequest,
@@ -188,32 +189,28 @@ def stubbed(claims: Capabilities = Stub.claims) -> Registry:
     return load_plugins(extra={"stub": Plugin()})
 
 
-async def verdict_of(check: str, claims: Capabilities = Stub.claims) -> tuple[str, str]:
-    report = await examine(
-        Subject(adapter="stub", timeout=5, settings={"examine": False}),
-        stubbed(claims),
-        checks(check),
-    )
-    (result,) = report.results
-    return result.verdict, result.reason
+async def verdicts_of(*names: str, claims: Capabilities = Stub.claims) -> dict[str, str]:
+    """Of the stub: ``verdict reason`` by check."""
+    subject = Subject(adapter="stub", timeout=5, settings={"examine": False})
+    report = await examine(subject, stubbed(claims), checks(*names))
+    return {result.id: f"{result.verdict} {result.reason}" for result in report.results}
 
 
 async def test_what_is_ignored_is_broken_and_what_is_refused_is_lacking() -> None:
-    assert await verdict_of("shapes.chat") == ("passed", "")
-    assert (await verdict_of("sampling.seed"))[0] == "lacking"
-    assert (await verdict_of("sampling.logit-bias"))[0] == "broken"
+    found = await verdicts_of("shapes.chat", "sampling.seed", "sampling.logit-bias", "tools.forced")
+    assert found["shapes.chat"] == "passed "
+    assert found["sampling.seed"].startswith("lacking HTTP 400: seed: seeds are not supported")
+    assert found["sampling.logit-bias"].startswith("broken")
+    assert found["tools.forced"].startswith("lacking")
+    assert "cannot call tools" in found["tools.forced"]
 
 
 async def test_what_is_claimed_must_hold() -> None:
-    verdict, reason = await verdict_of("tools.forced")
-    assert (verdict, "cannot call tools" in reason) == ("lacking", True)
-    verdict, _ = await verdict_of("tools.forced", Capabilities(tools=True))
-    assert verdict == "broken"
-    verdict, reason = await verdict_of(
-        "operations.embeddings", Capabilities(endpoints=frozenset({"embeddings"}))
-    )
-    assert verdict == "broken"
-    assert reason.startswith("claims embeddings, but: ")
+    endpoints = frozenset[Endpoint]({"chat", "embeddings"})
+    claims = Capabilities(endpoints=endpoints, tools=True)
+    found = await verdicts_of("tools.forced", "operations.embeddings", claims=claims)
+    assert found["tools.forced"].startswith("broken")
+    assert found["operations.embeddings"].startswith("broken claims embeddings, but: ")
 
 
 async def test_a_report_survives_its_json_and_is_readable() -> None:
