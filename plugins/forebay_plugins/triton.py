@@ -46,6 +46,7 @@ from forebay_plugins.kserve import Model
 from forebay_plugins.prometheus_text import samples
 from forebay_plugins.triton_answer import Choice, Tally
 from forebay_plugins.triton_llm import Asked, Layout
+from forebay_plugins.triton_openai import TritonOpenAIAdapter, TritonOpenAISettings
 from forebay_plugins.triton_trtllm import Ensemble, LlmApi
 from forebay_plugins.triton_vllm import VllmBackend
 from forebay_plugins.triton_wire import HttpWire, Wire
@@ -333,5 +334,12 @@ def adapters() -> Iterable[AdapterKind]:
             build=TritonAdapter,
             summary="Triton Inference Server: TensorRT-LLM, vLLM, embeddings, any model's infer.",
             provider="triton",
-        )
+        ),
+        AdapterKind(
+            name="triton_openai",
+            settings=TritonOpenAISettings,
+            build=TritonOpenAIAdapter,
+            summary="Triton's OpenAI frontend: only the fields it heeds.",
+            provider="triton",
+        ),
     ]

@@ -101,6 +101,17 @@ class TestTritonsGrpcBeforeVllm(OverTritonsGrpc):
     model = "vllm_model"
 
 
+class TestTritonsOpenAIFrontend(AdapterContract):
+    #: It has no answer when it is full, and says nothing when it fails in mid-stream.
+    impossible: ClassVar[frozenset[Scenario]] = frozenset({Scenario.BUSY, Scenario.FAILING})
+
+    def bench(self, scenario: Scenario) -> AbstractAsyncContextManager[Bench]:
+        made: AbstractAsyncContextManager[Bench] = fakes_from("triton_openai_server").bench(
+            scenario
+        )
+        return made
+
+
 class TestTrtLlm(AdapterContract):
     #: It says nothing when it fails in mid-stream: the connection breaks off.
     impossible: ClassVar[frozenset[Scenario]] = frozenset({Scenario.FAILING})
