@@ -8,6 +8,7 @@ import struct
 from base64 import b64decode
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+import msgspec
 import openai
 import pytest
 
@@ -285,6 +286,21 @@ async def test_infer_passes_json_and_tensors_through(serve, workers) -> None:
         "inference-header-content-length": str(len(head)),
         "content-type": "application/octet-stream",
     }
+
+
+async def test_infer_with_names_that_have_a_slash(serve, workers) -> None:
+    plain = config()
+    gateway = await serve(
+        msgspec.structs.replace(plain, models={"google/gemma": plain.models["m"]})
+    )
+    async with gateway.client() as client:
+        for path in ("google/gemma/infer", "google/gemma/versions/3/infer", "google%2Fgemma/infer"):
+            answer = await client.post(f"/v2/models/{path}", json={"inputs": []})
+            assert answer.status_code == 200
+        unknown = await client.post("/v2/models/google/none/infer", json={"inputs": []})
+    assert unknown.status_code == 404
+    asked = [(request.model, request.version) for request in workers["a"].requests]
+    assert asked == [("google/gemma", ""), ("google/gemma", "3"), ("google/gemma", "")]
 
 
 REFUSALS = (

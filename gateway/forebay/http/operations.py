@@ -244,5 +244,8 @@ OPERATIONS: tuple[Dialect, ...] = (
         kserve_error,
         "/v2/models/{model:str}/infer",
         "/v2/models/{model:str}/versions/{version:str}/infer",
+        # Of names with a slash, as in `google/gemma-3-270m`.
+        "/v2/models/{model:str}/{rest:str}/infer",
+        "/v2/models/{model:str}/{rest:str}/versions/{version:str}/infer",
     ),
 )

@@ -201,10 +201,11 @@ def decode_infer(arrival: Arrival, limits: Limits) -> InferRequest:
     if "content-encoding" not in headers:
         text = arrival.body[: _json_length(headers, arrival.body)]
         _, fields = parse(_DECODERS[InferBody], text, limits)
+    path = arrival.parameters
     return InferRequest(
         id=arrival.request_id,
-        model=arrival.parameters["model"],
-        version=arrival.parameters.get("version", ""),
+        model="/".join(path[part] for part in ("model", "rest") if part in path),
+        version=path.get("version", ""),
         created=arrival.created,
         identity=arrival.identity,
         body=arrival.body,
