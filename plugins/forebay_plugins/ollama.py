@@ -8,8 +8,8 @@ word.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from typing import Any
 
 import msgspec
@@ -38,7 +38,7 @@ from forebay.api import (
     Usage,
     hookimpl,
 )
-from forebay_plugins.http_server import HttpServer
+from forebay_plugins.http_server import HttpServer, drain
 from forebay_plugins.ollama_shape import Line, Reader, body_of, embed_body
 from forebay_plugins.openai_errors import error_of
 
@@ -153,20 +153,18 @@ class OllamaAdapter(HttpServer):
         try:
             await self._check(response, "application/x-ndjson")
             yield Started()
-            reader, rest, last = Reader(request), b"", None
-            with suppress(StreamTruncated):  # a cut shows in that no line says it is done
-                async for chunk in response.chunks():
-                    *lines, rest = (rest + chunk).split(b"\n")
-                    if len(rest) > MAX_LINE:
-                        raise BackendGarbage(f"a line is longer than {MAX_LINE} bytes")
-                    for text in filter(None, lines):
-                        last = reader.line(text)
-                        for delta in reader.deltas(last):
-                            yield delta
-            if last is None or not last.done:
-                # So ends, too, an answer whose last 30 tokens were the same.
-                raise StreamTruncated("the backend's stream ended without saying why")
-            yield _finished(last)
+            reader, chunks = Reader(request), response.chunks()
+            async with aclosing(_lines(chunks)) as lines:
+                async for text in lines:
+                    line = reader.line(text)
+                    for delta in reader.deltas(line):
+                        yield delta
+                    if line.done:
+                        await drain(chunks)
+                        yield _finished(line)
+                        return
+            # So ends, too, an answer whose last 30 tokens were the same.
+            raise StreamTruncated("the backend's stream ended without saying why")
         finally:
             await response.aclose()
 
@@ -184,6 +182,18 @@ class OllamaAdapter(HttpServer):
             raise BackendGarbage("the backend gave not one vector for each input")
         usage = Usage(answer.prompt_eval_count, 0)
         return Embeddings(tuple(answer.embeddings), usage, answer.model)
+
+
+async def _lines(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    """The lines that are not empty; a connection that breaks ends them, as any end does."""
+    rest = b""
+    with suppress(StreamTruncated):
+        async for chunk in chunks:
+            *lines, rest = (rest + chunk).split(b"\n")
+            if len(rest) > MAX_LINE:
+                raise BackendGarbage(f"a line is longer than {MAX_LINE} bytes")
+            for line in filter(None, lines):
+                yield line
 
 
 def _cuts_prompts(version: str) -> bool:

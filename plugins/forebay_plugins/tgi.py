@@ -38,6 +38,7 @@ from forebay.api import (
     UpstreamResponse,
     hookimpl,
 )
+from forebay_plugins.http_server import drain
 from forebay_plugins.openai_events import typed_events
 from forebay_plugins.openai_operations import chat_messages, extras
 from forebay_plugins.openai_wire import OpenAIServer
@@ -174,11 +175,14 @@ class TgiAdapter(OpenAIServer):
                 yield delta
                 yield Finished(usage, timings_of(response.headers), model=self._model)
                 return
-            native = NativeStream(logprobs)
+            native, chunks = NativeStream(logprobs), response.chunks()
             with suppress(StreamTruncated):  # a cut may be the end: the last event tells
-                async for chunk in response.chunks():
+                async for chunk in chunks:
                     for delta in native.feed(chunk):
                         yield delta
+                    if native.ended:
+                        await drain(chunks)
+                        break
             yield Finished(native.end(), model=self._model)
         finally:
             await response.aclose()

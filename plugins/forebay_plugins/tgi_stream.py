@@ -88,7 +88,7 @@ class NativeStream:
         self.usage: Usage | None = None
 
     def feed(self, chunk: bytes) -> Iterator[Delta]:
-        """What the events say that this chunk completes.
+        """What the events say that this chunk completes; nothing counts after the last event.
 
         :raises BackendError: one of them is an error, or none of TGI's.
         """
@@ -96,8 +96,14 @@ class NativeStream:
         if len(self._rest) > MAX_EVENT:
             raise BackendGarbage(f"an event of the backend is longer than {MAX_EVENT} bytes")
         for event in events:
+            if self.ended:
+                return
             if event.startswith(b"data:"):  # the others are comments, to keep the connection up
                 yield self._delta(_piece(event[5:]))
+
+    @property
+    def ended(self) -> bool:
+        return self.usage is not None
 
     def end(self) -> Usage:
         """The body has ended.
@@ -110,8 +116,8 @@ class NativeStream:
 
     def _delta(self, piece: Piece) -> Delta:
         token = piece.token
-        if token is None or self.usage is not None:
-            raise BackendGarbage("an event of the backend has no token, or follows the last one")
+        if token is None:
+            raise BackendGarbage("an event of the backend has no token")
         reason: FinishReason | None = None
         if piece.generated_text is not None:
             reason, self.usage = _finish(piece.details, None)

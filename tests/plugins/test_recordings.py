@@ -1,6 +1,7 @@
 """Recorded streams, cut by the network in every way it can: the same events, or an error.
 
-tests/recordings/record.py made the recordings, of the servers that they name.
+tests/recordings/record.py made the recordings, of the servers that they name: llama.cpp, vLLM and
+Triton are real, the others are the fakes in tests/fakes/fake_servers.
 """
 
 from __future__ import annotations
@@ -35,6 +36,19 @@ KINDS = sorted({name.split("-")[0]: name for name in reversed(NAMES)}.values())
 ENDLESS = {"triton-ensemble", "triton-vllm_model"}
 #: More than any event needs, and far less than a server that has gone mad can send.
 MOST_READ = 8 << 20
+
+#: Those that speak HTTP; what the others say has no wire of its own that could be cut here.
+SERVERS = {
+    "anthropic",
+    "llamacpp",
+    "ollama",
+    "openai",
+    "sglang",
+    "tgi",
+    "triton",
+    "trtllm",
+    "vllm",
+}
 
 Pieces = Callable[[bytes], Iterable[bytes]]
 
@@ -213,7 +227,7 @@ async def test_usage_that_comes_twice_counts_once(tape: Tape, name: str) -> None
 
 
 def test_there_is_a_recording_of_each_kind() -> None:
-    assert {name.split("-")[0] for name in NAMES} >= {"llamacpp", "triton", "vllm"}
+    assert {name.split("-")[0] for name in NAMES} == SERVERS
 
 
 def test_load_is_the_inverse_of_save(recordings: Any, tmp_path: Path) -> None:
