@@ -554,3 +554,13 @@ def joined(events: list[tuple[str, dict]]) -> list[dict]:
             key = data["delta"]["type"].removesuffix("_delta")
             blocks[data["index"]][key] += data["delta"][key]
     return blocks
+
+
+async def test_models_are_told_to_anthropics_client_as_well_as_to_openais(serve_gateway) -> None:
+    gateway = await serve_gateway(config())
+    async with client_of(gateway) as client:
+        page = await client.models.list()
+        found = await client.models.retrieve("m")
+    assert ([one.id for one in page.data], page.has_more) == (["m"], False)
+    assert (found.type, found.display_name, found.lifecycle) == ("model", "m", "active")
+    assert found.created_at.tzinfo is not None

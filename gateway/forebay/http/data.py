@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -94,14 +95,20 @@ def _post_only(dialect: Dialect, relay: Relay) -> BaseRouteHandler:
 
 def _model_routes(dispatch: Dispatch, access: Access) -> list[HTTPRouteHandler]:
     started = int(time.time())
+    started_at = datetime.fromtimestamp(started, UTC).isoformat().replace("+00:00", "Z")
 
     def card(name: str) -> dict[str, object]:
-        return {"id": name, "object": "model", "created": started, "owned_by": "forebay"}
+        """OpenAI's and Anthropic's in one, as both are asked for by the same path."""
+        openai = {"id": name, "object": "model", "created": started, "owned_by": "forebay"}
+        theirs = {"type": "model", "display_name": name, "created_at": started_at}
+        return {**openai, **theirs, "lifecycle": "active"}
 
     @get("/v1/models", sync_to_thread=False)
     def models(request: AnyRequest) -> Response[bytes]:
         access.identify(request.headers)
-        return _json({"object": "list", "data": [card(name) for name in dispatch.models]})
+        names = list(dispatch.models)
+        pages = {"has_more": False, "first_id": names[0], "last_id": names[-1]} if names else {}
+        return _json({"object": "list", "data": [card(name) for name in names], **pages})
 
     @get("/v1/models/{name:path}", sync_to_thread=False)
     def model(request: AnyRequest) -> Response[bytes]:

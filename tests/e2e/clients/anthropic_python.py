@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, Literal
 
 import anthropic
@@ -233,6 +234,9 @@ def bad_field() -> object:
 def models() -> object:
     listed = [model.id for model in client.models.list()]
     assert MODEL in listed
+    found = client.models.retrieve(MODEL)
+    assert (found.type, found.display_name) == ("model", MODEL)
+    assert isinstance(found.created_at, datetime)
     return listed
 
 
