@@ -191,7 +191,9 @@ async def test_every_parameter_is_taken(adapter: TritonAdapter) -> None:
 
 
 async def test_stop_strings(adapter: TritonAdapter) -> None:
-    answer = await ask(adapter, asking("one two three four", stop=("two three",)))
+    # Those that cut stop strings off by themselves hold nothing back here, so theirs is one word.
+    stop = "two three" if adapter.settings.model == "ensemble" else "two"
+    answer = await ask(adapter, asking("one two three four", stop=(stop,)))
     assert (answer.texts, answer.finishes) == ({0: " one "}, {0: "stop"})
 
 
