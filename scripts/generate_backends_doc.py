@@ -39,6 +39,12 @@ from a run of `forebay conformance` ([how it judges](conformance.md)); the repor
 | blank | the check is younger than the report |
 """
 
+LIVE = """\
+Real servers, with a base model of 270 million parameters. Triton's models are ours: `ensemble` has
+the tensors of TensorRT-LLM's and repeats its prompt, `embedder` makes vectors up
+(`scripts/backends/triton`). What they lack says nothing of the engines that they stand for.
+"""
+
 NOT_LIVE = """\
 **Nobody has driven these adapters against the real thing yet: {names}.** {played}
 
@@ -61,7 +67,7 @@ def generate() -> str:
     reports = dict(read_reports())
     live = {name: report for name, report in reports.items() if report.target == "live"}
     faked = {name: report for name, report in reports.items() if report.target == "fake"}
-    parts = [HEAD, "## Driven live\n", examined(live), "\n## Driven against stand-ins\n"]
+    parts = [HEAD, "## Driven live\n", LIVE, examined(live), "\n## Driven against stand-ins\n"]
     parts.append(not_live(live, faked))
     if faked:
         parts.append(examined(faked))

@@ -285,6 +285,7 @@ def test_all_checks_can_be_listed(run: Run) -> None:
         (["--adapter", "simulated", "--set", "slot=1"], "did you mean"),
         (["--adapter", "simulated", "--only", "shapes.chatt"], "did you mean 'shapes.chat'?"),
         (["no-such-model", "--adapter", "native"], "no model at"),
+        (["--adapter", "simulated", "--json", "/no/such/a.json"], "in a folder that is there"),
     ],
 )
 def test_mistakes_are_told_with_their_remedy(run: Run, arguments: list[str], message: str) -> None:

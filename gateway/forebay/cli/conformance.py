@@ -38,6 +38,16 @@ _COLOURS = {"passed": "green", "repaired": "cyan", "lacking": "yellow", "broken"
 _VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 
+def _writable(_: click.Context, __: click.Parameter, value: str | None) -> Path | None:
+    """The file that is to be written, checked before a long run and not after it."""
+    if value is None:
+        return None
+    path = Path(value)
+    if path.is_dir() or not path.parent.is_dir():
+        raise click.BadParameter(f"cannot write {value}: give a file in a folder that is there")
+    return path
+
+
 @click.command()
 @click.argument("target", required=False, default="")
 @click.option(
@@ -58,8 +68,10 @@ _VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
     help="Run only these; may be repeated.",
 )
 @click.option("--list", "list_only", is_flag=True, help="List the checks, and run none.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE")
-@click.option("--markdown", "markdown_file", type=click.Path(path_type=Path), metavar="FILE")
+@click.option("--json", "json_file", callback=_writable, metavar="FILE", help="Write the report.")
+@click.option(
+    "--markdown", "markdown_file", callback=_writable, metavar="FILE", help="Write it for people."
+)
 @click.option("--fake", is_flag=True, help="Mark the report: the target only plays the server.")
 @click.option(
     "--timeout",

@@ -184,7 +184,6 @@ async def infer_error(talk: Talk) -> None:
 
 async def _signature(talk: Talk) -> list[dict[str, Any]]:
     """Inputs as the model's own description wants them."""
-    (await talk.ask(f"/v2/models/{talk.model}/infer", {"inputs": []})).refuses()
     if "infer" not in talk.claims.endpoints:
         raise Lacking("it does not serve infer")
     backend = talk.backend or talk

@@ -87,13 +87,16 @@ async def load(talk: Talk) -> None:
         raise Lacking("it does not")
 
 
-@check("operator.metrics", "`/metrics` counts the request, its tokens and its time")
+@check("operator.metrics", "`/metrics` counts the requests and the tokens of its answers")
 async def metrics(talk: Talk) -> None:
     (await talk.generate()).expect()
-    page = await talk.operator("/metrics")
-    for name in ("forebay_requests_total", "forebay_tokens_total"):
-        if name not in page:
-            raise Broken(f"{name} is not there")
+    counted = (await talk.operator("/metrics")).splitlines()
+    for name, label in (
+        ("forebay_requests_total", 'outcome="ok"'),
+        ("forebay_tokens_total", 'direction="output"'),
+    ):
+        if not any(line.startswith(f"{name}{{") and label in line for line in counted):
+            raise Broken(f"{name} with {label} is not there")
 
 
 async def _decision(talk: Talk, answer: Answer) -> dict[str, Any]:
