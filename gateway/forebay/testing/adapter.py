@@ -151,6 +151,10 @@ class AdapterContract(ABC):
             for stream in (True, False)
         ]
 
+    def endless(self, endpoint: Endpoint) -> GenerateRequest:
+        """The request that is left in mid-stream; before a real server, one for a long answer."""
+        return chat_request(endpoint=endpoint)
+
     # The answer
 
     @_in_loop
@@ -163,8 +167,9 @@ class AdapterContract(ABC):
     @_in_loop
     async def test_streams_piece_by_piece(self) -> None:
         async with self.bench(Scenario.HEALTHY) as bench:
-            for endpoint in self.endpoints:
-                assert (await ask(bench, chat_request(endpoint=endpoint))).pieces >= 3
+            for request in self.requests():
+                if request.stream:
+                    assert (await ask(bench, request)).pieces >= 3
 
     @_in_loop
     async def test_reports_usage(self) -> None:
@@ -207,21 +212,27 @@ class AdapterContract(ABC):
 
     @_in_loop
     async def test_cancelling_before_the_first_event_frees_the_backend(self) -> None:
+        if Scenario.SILENT in self.impossible:
+            return
         async with self.bench(Scenario.SILENT) as bench:
             for request in self.requests():
                 await self._cancel(bench, request, after=0)
 
     @_in_loop
     async def test_cancelling_in_mid_stream_frees_the_backend(self) -> None:
+        if Scenario.ENDLESS in self.impossible:
+            return
         async with self.bench(Scenario.ENDLESS) as bench:
             for endpoint in self.endpoints:
-                await self._cancel(bench, chat_request(endpoint=endpoint), after=3)
+                await self._cancel(bench, self.endless(endpoint), after=3)
 
     @_in_loop
     async def test_closing_in_mid_stream_frees_the_backend(self) -> None:
+        if Scenario.ENDLESS in self.impossible:
+            return
         async with self.bench(Scenario.ENDLESS) as bench:
             for endpoint in self.endpoints:
-                events = stream(bench.adapter, chat_request(endpoint=endpoint))
+                events = stream(bench.adapter, self.endless(endpoint))
                 for _ in range(3):
                     await anext(events)
                 assert bench.busy() == 1
