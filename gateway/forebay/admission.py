@@ -122,6 +122,10 @@ class Gate:
             change = self._aside.pop(0)
             if not change.done():
                 change.set_result(None)
+        self.pass_on()
+
+    def pass_on(self) -> None:
+        """Let those in line go for whom there is room, as after a turn that took no slot."""
         while self._waiting and self._room():
             turn = self._waiting.popleft()
             if not turn.done():

@@ -134,6 +134,7 @@ class Flight:
             if choice.backends:
                 self._dispatch.recorder.started(choice.decision)
                 return choice
+            gate.pass_on()
             reason = refusal(choice.decision)
             if reason is not None:
                 raise reason

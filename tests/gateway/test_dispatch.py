@@ -383,6 +383,31 @@ async def test_waiting_for_the_one_able_backend_holds_up_nobody_else(serve_gatew
     assert idle(gateway)
 
 
+async def test_a_turn_that_ends_in_a_refusal_goes_to_the_next_in_line(serve_gateway) -> None:
+    gateway = await serve_gateway(config("a", slots=1))
+    release = asyncio.Event()
+
+    async def held(request: GenerateRequest, attempt: Attempt) -> AsyncIterator[Event]:
+        yield Started()
+        await release.wait()
+        yield Delta(finish_reason="stop")
+        yield Finished(Usage(1, 0))
+
+    gateway.scripted["a"].script = held
+    tools = {**CHAT, "tools": [{"type": "function", "function": {"name": "f"}}]}
+    async with gateway.client() as client:
+        asking = []
+        for number, body in enumerate((CHAT, tools, CHAT)):
+            asking.append(asyncio.create_task(client.post("/v1/chat/completions", json=body)))
+            await until(lambda: gateway.scripted["a"].open == 1)
+            await until(lambda n=number: gateway.app.admission.depths() == {"m": n})
+        release.set()
+        async with asyncio.timeout(10):
+            answers = await asyncio.gather(*asking)
+    assert [answer.status_code for answer in answers] == [200, 400, 200]
+    assert idle(gateway)
+
+
 async def test_nobody_healthy_is_said_at_once(serve_gateway) -> None:
     gateway = await serve_gateway(config("a", "b"))
     for adapter in gateway.scripted.values():
