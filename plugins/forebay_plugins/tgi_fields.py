@@ -18,6 +18,8 @@ __all__ = ["Info", "chat_fields", "generate_body", "refuse", "refuse_unknown"]
 
 #: Alternatives that it reports for each token (its `--max-top-n-tokens`).
 _TOP_TOKENS = 5
+#: ``max_tokens`` of /v1/completions where none is given, by OpenAI's documentation.
+_COMPLETION_TOKENS = 16
 #: Fields of its own that the native routes take; chat takes none of these.
 _NATIVE = frozenset({"adapter_id", "do_sample", "grammar", "truncate", "typical_p", "watermark"})
 _CHAT = frozenset({"guideline", "tool_prompt"})
@@ -65,7 +67,7 @@ def generate_body(
     parameters: dict[str, object] = {
         "details": True,
         "do_sample": not greedy if neutral or greedy else None,
-        "max_new_tokens": sampling.max_tokens,
+        "max_new_tokens": sampling.max_tokens or _COMPLETION_TOKENS,
         "temperature": sampling.temperature or None,
         "top_p": _top_p(request),
         "top_k": sampling.top_k if (sampling.top_k or 0) > 0 and not greedy else None,

@@ -45,6 +45,8 @@ from forebay_plugins.trtllm_events import CacheEventItem, EventReader
 
 __all__ = ["TrtLlmAdapter", "TrtLlmSettings"]
 
+#: ``max_tokens`` of /v1/completions where none is given, by OpenAI's documentation.
+COMPLETION_TOKENS = 16
 _BOTH = frozenset(
     {
         "add_special_tokens",
@@ -246,6 +248,8 @@ class TrtLlmAdapter(OpenAIServer):
                 raise _refusal(field, "does not know this field")
         if "max_completion_tokens" in request.fields:  # to the server a second name of max_tokens
             changes |= {"max_completion_tokens": None, "max_tokens": request.sampling.max_tokens}
+        if request.endpoint == "completions" and request.sampling.max_tokens is None:
+            changes["max_tokens"] = COMPLETION_TOKENS  # to the server: as many as there is room for
         if request.sampling.top_k is not None and request.sampling.top_k < 0:
             changes["top_k"] = 0  # its way of saying: off
         if request.endpoint == "completions" and request.sampling.logprobs == 0:

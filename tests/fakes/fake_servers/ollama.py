@@ -289,9 +289,9 @@ class Ollama(OpenAIFake):
         self.known_model(body)
         given = body.get("input")
         texts = given if isinstance(given, list) else [given]
-        size = min(body.get("dimensions") or 8, 8)
+        size = body.get("dimensions") or 64
         count = sum(len(tokenize(text)) for text in texts)
-        found = [vector(text)[:size] for text in texts]
+        found = [vector(text, 64)[:size] for text in texts]
         head = {"model": self.tag, "embeddings": found, "total_duration": 14_000_000}
         reply(exchange, 200, {**head, "load_duration": 1_000_000, "prompt_eval_count": count})
 
@@ -374,7 +374,7 @@ class Ollama(OpenAIFake):
             raise Refusal(400, "invalid input")
         count = sum(len(tokenize(text)) for text in texts)
         data = [
-            {"object": "embedding", "embedding": vector(text), "index": index}
+            {"object": "embedding", "embedding": vector(text, 64), "index": index}
             for index, text in enumerate(texts)
         ]
         usage = {"prompt_tokens": count, "total_tokens": count}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
 import math
 import re
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, ClassVar
@@ -99,6 +99,7 @@ class FakeServer:
         self.served = 0
         self.generated = 0
         self._made = 0
+        self._clock = itertools.count(1_795_370_187)
         self.server = ScriptedServer(self.script)
 
     @property
@@ -113,7 +114,8 @@ class FakeServer:
         await self.server.__aexit__(*raised)
 
     def now(self) -> int:
-        return int(time.time())
+        """Seconds since 1970, of a clock that goes on by one whenever it is read."""
+        return next(self._clock)
 
     def number(self) -> str:
         """Sixteen hexadecimal digits, never the same ones twice."""

@@ -184,17 +184,16 @@ class Triton(FakeServer):
         text = said["text_input"]
         prompt = (BOS, *tokenize(text if isinstance(text, str) else str(text)))
         ask = self.tensorrt_ask(prompt, said) if model is _ENSEMBLE else self.vllm_ask(prompt, said)
-        if len(prompt) + (ask.max_tokens if model is _ENSEMBLE else 1) > self.context:
-            raise Refusal(500, self.too_long(model, len(prompt), ask.max_tokens), "event")
+        if len(prompt) >= self.context:
+            raise Refusal(500, self.too_long(model, len(prompt)), "event")
         return ask
 
-    def too_long(self, model: Mapping[str, Any], prompt: int, wanted: int) -> str:
+    def too_long(self, model: Mapping[str, Any], prompt: int) -> str:
         """TensorRT-LLM's sentence, and vLLM's."""
         if model is _ENSEMBLE:
-            message = f"[TensorRT-LLM][ERROR] Assertion failed: Prompt length ({prompt}) and max"
-            return (
-                f"{message} tokens ({wanted}) exceed the maximum sequence length ({self.context})"
-            )
+            message = f"Prompt length ({prompt}) exceeds maximum input length ({self.context}). Set"
+            message += " log level to info and check TRTGptModel logs for how maximum input length"
+            return f"{message} is set"
         message = f"The decoder prompt (length {prompt}) is longer than the maximum model length of"
         return f"Error generating stream: {message} {self.context}."
 

@@ -54,7 +54,7 @@ async def min_p(talk: Talk) -> None:
 async def _narrows(talk: Talk, **field: float) -> None:
     """Engines that are not quite deterministic may say two things, but not four."""
     fields: dict[str, Any] = {"temperature": 1.3, "max_tokens": 5, **field}
-    texts = {await _text(talk, *field, seed=number, **fields) for number in range(4)}
+    texts = {await _text(talk, "seed", *field, seed=number, **fields) for number in range(4)}
     if len(texts) > 2:
         raise Broken(f"four seeds at temperature 1.3 say {len(texts)} things")
 

@@ -30,7 +30,7 @@ _FORCED = {"type": "function", "function": {"name": "weather"}}
 _FIELDS = ("tools", "tool_choice", "tool")
 
 
-@check("tools.forced", "A function that is forced is called, with JSON arguments", claim="tools")
+@check("tools.forced", "A function that is forced is called, with JSON arguments")
 async def forced(talk: Talk) -> None:
     _called(await _ask(talk, tool_choice=_FORCED))
 
@@ -55,7 +55,7 @@ async def stream(talk: Talk) -> None:
     _called(await _ask(talk, tool_choice=_FORCED, stream=True))
 
 
-@check("tools.auto", "With `auto` the model may answer either way")
+@check("tools.auto", "With `auto` the model may answer either way", claim="tools")
 async def auto(talk: Talk) -> None:
     answer = await _ask(talk, tool_choice="auto", max_tokens=12)
     if not answer.choice.finish:
