@@ -57,12 +57,14 @@ class Choice:
 
     @property
     def reported_tokens(self) -> int | None:
-        """TensorRT-LLM counts all tokens so far, vLLM's backend those since the last response.
+        """TensorRT-LLM counts all tokens so far, in some releases those since the last response.
 
         All so far are never fewer than the responses that had text.
         """
         if not self._counts:
             return None
+        if self._layout.counts_anew:
+            return sum(self._counts)
         last = self._counts[-1]
         return last if last >= self._pieces else sum(self._counts)
 

@@ -53,6 +53,8 @@ class Layout(ABC):
     keeps_stop: ClassVar[bool]
     #: Each response has the whole text so far.
     accumulates: ClassVar[bool] = False
+    #: Each response counts its own tokens alone.
+    counts_anew: ClassVar[bool] = False
     #: The inputs by which it is known.
     known_by: ClassVar[frozenset[str]]
     #: Inputs that are set wherever the model has them.

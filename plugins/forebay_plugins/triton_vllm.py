@@ -25,6 +25,7 @@ _GUIDES = (((2, 63), "structured_outputs"), ((2, 54), "guided_decoding"))
 class VllmBackend(Layout):
     title = "vLLM's model"
     keeps_stop = False
+    counts_anew = True
     known_by = frozenset({"text_input", "sampling_parameters"})
     top_logprobs = True
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import struct
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from fake_servers.answer import Holding, Piece, pieces
 from fake_servers.constraint import Impossible, by_grammar, by_regex, by_schema
 from fake_servers.model import BOS, EOS, Ask, tokenize
-from fake_servers.serving import FakeServer, Refusal, event, reply, vector
+from fake_servers.serving import FakeServer, Refusal, compact, event, reply, vector
 from forebay.testing import Exchange
 
 __all__ = ["Triton"]
@@ -313,7 +314,7 @@ class Triton(FakeServer):
         reply(exchange, 200, last)
 
     async def infer(self, exchange: Exchange, model: Mapping[str, Any]) -> None:
-        """As JSON; tensors in binary are not played."""
+        """Inputs as JSON alone; the output as JSON, or in binary if that is asked for."""
         if model is not _EMBEDDER:
             message = "HTTP end point doesn't support models with decoupled transaction policy"
             raise Refusal(501, message)
@@ -332,10 +333,25 @@ class Triton(FakeServer):
         values = [vector(str(text), 64) for text in flat(tensor["data"])]
         data = [value for one in values for value in one]
         shape = [len(values), 64]
-        output = {"name": "embedding", "datatype": "FP32", "shape": shape, "data": data}
+        output: dict[str, Any] = {
+            "name": "embedding",
+            "datatype": "FP32",
+            "shape": shape,
+            "data": data,
+        }
         head = {"id": body["id"]} if "id" in body else {}
         head |= {"model_name": "embedder", "model_version": "1"}
-        reply(exchange, 200, {**head, "outputs": [output]})
+        wanted = [one.get("parameters") or {} for one in body.get("outputs") or ()]
+        if not any(one.get("binary_data") for one in wanted):
+            reply(exchange, 200, {**head, "outputs": [output]})
+            return
+        raw = struct.pack(f"<{len(data)}f", *data)
+        del output["data"]
+        output["parameters"] = {"binary_data_size": len(raw)}
+        text = compact({**head, "outputs": [output]})
+        headers = {"inference-header-content-length": str(len(text))}
+        headers["content-type"] = "application/octet-stream"
+        reply(exchange, 200, text + raw, headers)
 
     def check(self, tensor: Mapping[str, Any]) -> None:
         unknown, name = "[request id: <id_unknown>]", tensor["name"]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from forebay.conformance.answer import Answer, Broken, shaped
+from forebay.conformance.answer import Answer, Broken, Lacking, shaped
 from forebay.conformance.check import check
 from forebay.conformance.talk import PROMPT, Talk
 
@@ -165,6 +165,8 @@ async def messages_error(talk: Talk) -> None:
 async def count_tokens(talk: Talk) -> None:
     asked = [{"role": "user", "content": PROMPT}]
     answer = await talk.ask(f"{MESSAGES}/count_tokens", {"model": talk.model, "messages": asked})
+    if answer.refuses("messages"):
+        raise Lacking(answer.told())
     counted = _told(answer).body["input_tokens"]
     usage = (await _message(talk)).body["usage"]
     # What came from the cache is counted apart.
