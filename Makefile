@@ -5,7 +5,7 @@ DEMO := gemma-3-270m
 PACKAGES := gateway plugins engine_native kernels router_policies
 ARGS ?=
 
-.PHONY: help serve test check lint format docs e2e bench set-up set-up-dev model clean
+.PHONY: help serve test check lint format docs conformance e2e bench set-up set-up-dev model clean
 
 help: ## show this
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -30,6 +30,10 @@ format: set-up-dev ## format the code and fix what can be fixed
 
 docs: set-up-dev ## write docs/configuration.md from the types, docs/backends.md from the reports
 	$(BIN)/python scripts/generate_config_docs.py
+	$(BIN)/python scripts/generate_backends_doc.py
+
+conformance: set-up-dev ## put the conformance kit before all fakes, and write down what it finds
+	$(BIN)/python scripts/examine_fakes.py $(ARGS)
 	$(BIN)/python scripts/generate_backends_doc.py
 
 e2e: set-up-dev model ## install real servers and clients if need be, and drive them through Forebay

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 from msgspec import structs
 
 from forebay.api import (
@@ -192,3 +194,14 @@ def otlp() -> Iterator[Any]:
     spec.loader.exec_module(module)
     with module.OtlpReceiver() as receiver:
         yield receiver
+
+
+@pytest.fixture
+def logging_as_before() -> Iterator[None]:
+    root, handlers, level = logging.root, logging.root.handlers[:], logging.root.level
+    yield
+    logging.captureWarnings(False)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()
+    structlog.contextvars.clear_contextvars()

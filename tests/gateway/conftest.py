@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
-import structlog
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from oteltap import OtelTapHttpProtobufReceiver, OtelTapHttpProtobufReceiverSettings
 
@@ -75,14 +73,3 @@ async def collector() -> AsyncIterator[Collector]:
         receiving = asyncio.create_task(collector.receive())
         yield collector
     await receiving
-
-
-@pytest.fixture
-def logging_as_before() -> Iterator[None]:
-    root, handlers, level = logging.root, logging.root.handlers[:], logging.root.level
-    yield
-    logging.captureWarnings(False)
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    structlog.reset_defaults()
-    structlog.contextvars.clear_contextvars()
