@@ -7,6 +7,7 @@ shows, tests/contract/conformance_verdicts.json what tests expect to be found ag
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -25,12 +26,12 @@ VERDICTS = ROOT / "tests" / "contract" / "conformance_verdicts.json"
 def main(names: list[str]) -> None:
     """All fakes, or those of these names."""
     sys.path.insert(0, str(ROOT / "tests" / "fakes"))
-    from fake_servers.subjects import PLAYED, examined
+    subjects = importlib.import_module("fake_servers.subjects")
 
-    logs.configure(Logging(level="critical", format="console"))
+    logs.configure(Logging(level="error", format="console"))
     verdicts = json.loads(VERDICTS.read_text()) if VERDICTS.exists() else {}
-    for name in names or PLAYED:
-        report: Report = asyncio.run(examined(name))
+    for name in names or subjects.PLAYED:
+        report: Report = asyncio.run(subjects.examined(name))
         print(name, f"{report.duration} s", dict(report.counts))
         for result in report.broken:
             print("  broken:", result.id, result.reason)
@@ -38,7 +39,7 @@ def main(names: list[str]) -> None:
             verdict: [result.id for result in report.results if result.verdict == verdict]
             for verdict in ("lacking", "repaired")
         }
-        if PLAYED[name].shown:
+        if subjects.PLAYED[name].shown:
             REPORTS.mkdir(exist_ok=True)
             page = msgspec.json.format(msgspec.json.encode(report), indent=1)
             (REPORTS / f"{name}-fake.json").write_bytes(page + b"\n")

@@ -20,7 +20,7 @@ EXPECTED = json.loads(Path(__file__).with_name("conformance_verdicts.json").read
 
 @pytest.fixture(autouse=True)
 def _quiet(logging_as_before: None) -> None:
-    logs.configure(Logging(level="critical", format="console"))
+    logs.configure(Logging(level="error", format="console"))
 
 
 @pytest.mark.parametrize("name", sorted(PLAYED))
