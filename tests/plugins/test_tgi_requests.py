@@ -25,7 +25,7 @@ async def test_a_completion_goes_to_the_native_routes(fake: ModuleType) -> None:
     assert (exchange.method, exchange.path) == ("POST", "/generate_stream")
     assert exchange.json == {
         "inputs": "Once",
-        "parameters": {"details": True, "do_sample": True},
+        "parameters": {"details": True, "do_sample": True, "max_new_tokens": 16},
     }
     assert (await fake.sent(False)).path == "/generate"
 
@@ -66,12 +66,16 @@ async def test_values_that_switch_off_what_it_has_no_off_for(fake: ModuleType) -
     exchange = await fake.sent(
         False, top_p=1, top_k=-1, min_p=0, presence_penalty=0, logit_bias={}, n=1
     )
-    assert exchange.json["parameters"] == {"details": True, "do_sample": True}
+    assert exchange.json["parameters"] == {"details": True, "do_sample": True, "max_new_tokens": 16}
 
 
 async def test_temperature_0_is_greedy_and_samples_from_nothing(fake: ModuleType) -> None:
     exchange = await fake.sent(False, temperature=0, top_p=0.5, top_k=5)
-    assert exchange.json["parameters"] == {"details": True, "do_sample": False}
+    assert exchange.json["parameters"] == {
+        "details": True,
+        "do_sample": False,
+        "max_new_tokens": 16,
+    }
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}

@@ -306,6 +306,9 @@ class LlamaCpp(OpenAIFake):
         """No limit but the context's."""
         return self.context - prompt_tokens
 
+    def headers(self, writer: Writer) -> Mapping[str, str]:
+        return _JSON
+
     async def health(self, exchange: Exchange) -> None:
         reply(exchange, 200, {"status": "ok"}, _JSON)
 

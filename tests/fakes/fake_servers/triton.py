@@ -102,7 +102,8 @@ class Triton(FakeServer):
             data = event({"error": refusal.message})
             exchange.answer(refusal.status, data, {"content-type": _BYTES})
         else:
-            reply(exchange, refusal.status, {"error": refusal.message})
+            plain = {"content-type": "text/plain"} if refusal.kind == "plain" else {}
+            reply(exchange, refusal.status, {"error": refusal.message}, plain)
 
     def of_server(self, exchange: Exchange, path: str) -> None:
         if path in ("/v2/health/ready", "/v2/health/live"):
@@ -136,7 +137,7 @@ class Triton(FakeServer):
         model = _MODELS.get(name)
         if action == "ready":
             if model is None:
-                raise Refusal(400, "Model version not ready")
+                raise Refusal(400, "Model version not ready", "plain")
             exchange.answer(200)
         elif model is None:
             raise Refusal(404, f"Request for unknown model: '{name}' is not found")
@@ -317,7 +318,7 @@ class Triton(FakeServer):
         """Inputs as JSON alone; the output as JSON, or in binary if that is asked for."""
         if model is not _EMBEDDER:
             message = "HTTP end point doesn't support models with decoupled transaction policy"
-            raise Refusal(501, message)
+            raise Refusal(501, message, "plain")
         try:
             body = exchange.json
         except ValueError as wrong:

@@ -296,14 +296,16 @@ class Vllm(OpenAIFake):
 
     async def models(self, exchange: Exchange) -> None:
         now = self.now()
-        may = dict.fromkeys(("allow_sampling", "allow_logprobs", "allow_view"), True)
         permission = {
             "id": f"modelperm-{self.number()}",
             "object": "model_permission",
             "created": now,
             "allow_create_engine": False,
-            **may,
-            **dict.fromkeys(("allow_search_indices", "allow_fine_tuning"), False),
+            "allow_sampling": True,
+            "allow_logprobs": True,
+            "allow_search_indices": False,
+            "allow_view": True,
+            "allow_fine_tuning": False,
             "organization": "*",
             "group": None,
             "is_blocking": False,
