@@ -103,13 +103,16 @@ async def malformed(talk: Talk) -> None:
 
 
 async def _ask(talk: Talk, **fields: Any) -> Answer:
-    answer = await talk.chat(_PROMPT, tools=_TOOLS, **{"max_tokens": 40, **fields})
+    answer = await talk.chat(_PROMPT, tools=_TOOLS, **{"max_tokens": 64, **fields})
     return answer.expect(*_FIELDS)
 
 
 def _called(answer: Answer) -> dict[str, Any]:
     """The arguments of the one call."""
     calls = answer.choice.calls
+    if not calls and not answer.text and answer.choice.finish == "length":
+        # Some servers tell of no call before its end, and small models fill it with blanks.
+        raise Lacking("the model did not end its call within the limit, so there is none to see")
     if len(calls) != 1:
         raise Broken(f"{len(calls)} calls; the text is {answer.text[:60]!r}")
     pieces = calls[0]
