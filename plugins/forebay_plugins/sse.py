@@ -42,6 +42,9 @@ class Scanner:
     def __init__(self, request: GenerateRequest, usage_by_choice: bool = False) -> None:
         self._request = request
         self._usage_by_choice = usage_by_choice
+        #: vLLM's option by which a client asks for the counts so far in each chunk.
+        options = bytes(request.fields.get("stream_options", b""))
+        self._running_usage = request.include_usage and b'"continuous_usage_stats"' in options
         self._carry = b""
         self._after_cr = False
         #: id, created and model of the first event: every later one is given the same.
@@ -213,8 +216,8 @@ class Scanner:
             if choice.finish_reason is not None:
                 changed |= self._finish(choice.index, choice.finish_reason, raw)
                 self.closing.update(chunk)
-        if answer.usage is not None and not self._request.include_usage:
-            del chunk["usage"]
+        if answer.usage is not None and not self._running_usage:
+            del chunk["usage"]  # clients such as LangChain add up all that they see
             changed = True
         return b"data: " + (msgspec.json.encode(chunk) if changed else data) + b"\n\n"
 

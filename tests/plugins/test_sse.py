@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import Raw
+from msgspec.structs import replace
 
 from forebay.api import (
     BackendBusy,
@@ -276,6 +278,19 @@ def test_usage_in_the_finish_chunk() -> None:
     asked = run(ROLE, last, include_usage=True)
     assert asked.chunks[-1]["choices"] == []
     assert asked.chunks[-1]["usage"]["total_tokens"] == 9
+    assert [c for c in asked.chunks if "usage" in c] == asked.chunks[-1:]
+
+
+def test_usage_so_far_goes_to_those_who_ask_for_it_in_each_chunk() -> None:
+    so_far = chunk({"content": "a"}, usage={**USAGE, "completion_tokens": 1})
+    stream = [ROLE, so_far, STOP, event({**HEAD, "choices": [], "usage": USAGE}), DONE]
+    once = run(*stream, include_usage=True)
+    assert [c["usage"] for c in once.chunks if "usage" in c] == [USAGE]
+    options = Raw(b'{"include_usage": true, "continuous_usage_stats": true}')
+    asked = replace(chat_request(include_usage=True), fields={"stream_options": options})
+    running = Run(asked, *stream)
+    counts = [c["usage"]["completion_tokens"] for c in running.chunks if "usage" in c]
+    assert counts == [1, 2]
 
 
 def test_null_usage_in_every_chunk_stays_on_the_fast_way() -> None:
