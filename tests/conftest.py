@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import structlog
+from hypothesis import settings
 from msgspec import structs
 
 from forebay.api import (
@@ -37,6 +38,10 @@ from forebay.app import App, create_app
 from forebay.config import Config
 from forebay.loader import Registry, load_plugins
 from forebay.server import listener
+
+# How long an example takes is the machine's affair.
+settings.register_profile("forebay", deadline=None)
+settings.load_profile("forebay")
 
 
 class ScriptedAdapter(Adapter):

@@ -384,10 +384,10 @@ class Serving(RuleBasedStateMachine):
 
 
 TestServing = Serving.TestCase
-TestServing.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestServing.settings = settings(max_examples=80, stateful_step_count=40)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     requests=st.lists(st.tuples(prompts, samplings), min_size=1, max_size=6),
     budget=st.integers(1, 20),

@@ -330,9 +330,7 @@ TREES = st.recursive(
 
 
 # The fixture only empties a list, so it need not be renewed for each example.
-_EXAMPLES = settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+_EXAMPLES = settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @_EXAMPLES

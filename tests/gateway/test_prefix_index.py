@@ -227,7 +227,7 @@ steps = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(steps)
 def test_it_equals_a_plain_lru_for_each_backend(steps: list[tuple[str, list[int], str]]) -> None:
     clock = Clock()

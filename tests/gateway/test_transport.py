@@ -305,7 +305,7 @@ async def test_a_header_cannot_smuggle_another_line() -> None:
             await upstream.send("GET", "/", headers={"x-a": "b\r\nx-evil: 1"})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 200), max_size=12), st.binary(min_size=1, max_size=300))
 def test_however_the_bytes_arrive_the_body_is_the_same(cuts: list[int], body: bytes) -> None:
     answer = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (

@@ -394,7 +394,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(steps=STEPS, kept=st.sampled_from([1, 1000]), late=st.booleans())
 def test_the_view_is_the_truth_or_less(
     kv: ModuleType, steps: list[tuple[str, int, bool]], kept: int, late: bool

@@ -120,7 +120,7 @@ def test_the_bound_goes_by_weight() -> None:
     assert best(in_flight=[80, 10], weight=[1.0, 1.0], **columns) == 1
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(snapshots(), st.floats(1, 3), st.integers(1, 50))
 def test_nobody_over_the_bound_is_preferred(snapshot: Snapshot, bound: float, slack: int) -> None:
     scores = score(snapshot, bound=bound, slack=slack)

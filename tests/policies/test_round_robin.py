@@ -46,7 +46,7 @@ def test_who_rejoins_at_the_others_level_gets_no_burst() -> None:
     assert Counter(winners) == {0: 3, 1: 3, 2: 3}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(1, 80))
 def test_nobody_is_ever_a_whole_turn_off_its_share(weights: list[int], count: int) -> None:
     winners = turns([float(weight) for weight in weights], count)
@@ -56,7 +56,7 @@ def test_nobody_is_ever_a_whole_turn_off_its_share(weights: list[int], count: in
             assert abs(counts[index] - seen * weight / sum(weights)) < 1 + 1e-9
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(1, 20), min_size=1, max_size=8),
     st.integers(0, 60),
