@@ -51,6 +51,11 @@ class Said:
         choice = {"index": 0, "logprobs": None, "finish_reason": reason, **more}
         return data(self.whole([choice]))
 
+    def call(self, arguments: str, reason: str | None = None) -> bytes:
+        """A piece of a call that had to be made."""
+        function = {"name": self.asked["tools"][0]["function"]["name"], "arguments": arguments}
+        return self.choice(reason, delta={"tool_calls": [{"index": 0, "function": function}]})
+
     def piece(self, text: str, reason: str | None = None) -> bytes:
         if self.chat:
             delta = {"content": text, "function_call": None, "role": None}
@@ -91,7 +96,12 @@ def answer(exchange: Exchange, said: Said) -> None:
     text = "".join(WORDS)
     choice: dict[str, Any] = {"finish_reason": "stop", "index": 0, "logprobs": None}
     if said.chat:
-        choice["message"] = {"content": text, "tool_calls": None, "role": "assistant"}
+        choice["message"] = {
+            "content": text,
+            "tool_calls": None,
+            "role": "assistant",
+            "function_call": None,
+        }
     else:
         choice["text"] = text
     exchange.answer(200, said.whole([choice], USAGE, chunk=False))
@@ -102,6 +112,12 @@ async def stream(exchange: Exchange, scenario: Scenario) -> None:
     exchange.begin("text/event-stream; charset=utf-8")
     if said.chat:
         exchange.send(said.role())
+    if said.asked.get("tool_choice") == "required":
+        for arguments in ('{"zone":', " 1}"):
+            exchange.send(said.call(arguments))
+        exchange.send(said.call("", "stop"))
+        exchange.send(b"data: [DONE]\n\n")
+        return
     if scenario is Scenario.HEALTHY:
         for word in WORDS[:-1]:
             exchange.send(said.piece(word))

@@ -19,14 +19,20 @@ from forebay.api import (
     BackendError,
     BackendFailed,
     BackendRefused,
+    Delta,
     Embeddings,
     EmbedRequest,
+    Event,
     GenerateRequest,
     Sampling,
+    StreamTruncated,
     Usage,
 )
 from forebay.testing import Exchange, ScriptedServer, chat_request
 from forebay.testing.adapter import collect
+from forebay.testing.answer import read_answer
+
+TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
 
 
 @pytest.fixture(scope="session")
@@ -55,8 +61,8 @@ def with_fields(request: GenerateRequest, **fields: object) -> GenerateRequest:
     return msgspec.structs.replace(request, fields={**request.fields, **raw})
 
 
-async def sent(fake: ModuleType, request: GenerateRequest) -> dict[str, Any]:
-    async with serving(fake) as (adapter, server):
+async def sent(fake: ModuleType, request: GenerateRequest, **settings: Any) -> dict[str, Any]:
+    async with serving(fake, **settings) as (adapter, server):
         await collect(adapter, request)
     body: dict[str, Any] = server.exchanges[-1].json
     return body
@@ -72,7 +78,7 @@ async def test_only_what_is_heeded_is_sent(fake: ModuleType) -> None:
         seed=None,
         ignore_eos=True,
     )
-    body = await sent(fake, request)
+    body = await sent(fake, request, vllm=True)
     assert body == {
         "model": "llama",
         "stream": False,
@@ -93,6 +99,99 @@ async def test_its_own_limit_of_16_is_replaced(fake: ModuleType) -> None:
     assert completion["max_tokens"] == 16
 
 
+async def test_a_chat_that_asks_for_no_others_gets_logprobs_of_the_chosen_tokens(
+    fake: ModuleType,
+) -> None:
+    alone = await sent(fake, with_fields(chat_request(), logprobs=True), vllm=True)
+    assert alone["top_logprobs"] == 0
+    three = with_fields(chat_request(), logprobs=True, top_logprobs=3)
+    assert (await sent(fake, three, vllm=True))["top_logprobs"] == 3
+    assert "top_logprobs" not in await sent(fake, chat_request())
+
+
+async def test_a_developer_is_the_system(fake: ModuleType) -> None:
+    turns = [{"role": "developer", "content": "Be brief"}, {"role": "user", "content": "Hello"}]
+    body = await sent(fake, with_fields(chat_request(), messages=turns))
+    assert body["messages"] == [{"role": "system", "content": "Be brief"}, turns[1]]
+
+
+async def test_a_function_without_parameters_has_none(fake: ModuleType) -> None:
+    tools = [{"type": "function", "function": {"name": "now"}}]
+    request = with_fields(chat_request(), tools=tools, tool_choice="required")
+    body = await sent(fake, msgspec.structs.replace(request, needs_tools=True))
+    assert body["tools"][0]["function"]["parameters"] == {"type": "object", "properties": {}}
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "completions"])
+@pytest.mark.parametrize("typed", [False, True])
+@pytest.mark.parametrize(
+    ("limit", "stream", "vllm", "reason"),
+    [
+        (5, False, False, "length"),
+        (6, False, False, "stop"),
+        (5, True, True, "length"),
+        (6, True, True, "stop"),
+        (5, True, False, "stop"),
+    ],
+)
+async def test_an_answer_of_as_many_tokens_as_were_allowed_was_cut(
+    fake: ModuleType, endpoint: Any, typed: bool, limit: int, stream: bool, vllm: bool, reason: str
+) -> None:
+    request = chat_request(endpoint=endpoint, stream=stream, max_tokens=limit)
+    request = msgspec.structs.replace(request, typed=typed)
+    async with serving(fake, vllm=vllm) as (adapter, _):
+        answer = read_answer(request, await collect(adapter, request))
+    assert answer.finishes == {0: reason}
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "completions"])
+@pytest.mark.parametrize(
+    ("detail", "error"),
+    [
+        ("The prompt is longer than the maximum model length of 8", BackendRefused),
+        ("CUDA", StreamTruncated),
+    ],
+)
+async def test_why_a_stream_broke_off_at_once_is_asked(
+    fake: ModuleType, endpoint: Any, detail: str, error: type[BackendError]
+) -> None:
+    """The server has begun a stream before it hears that the prompt is too long."""
+
+    async def script(exchange: Exchange) -> None:
+        if not exchange.json.get("stream"):
+            exchange.answer(500, {"detail": detail})
+            return
+        exchange.begin("text/event-stream; charset=utf-8")
+        if endpoint == "chat":
+            exchange.send(fake.Said(exchange.json).role())
+        exchange.cut()
+
+    async with serving(fake, script) as (adapter, server):
+        events: list[Event] = []
+        with pytest.raises(error) as raised:
+            await collect(adapter, chat_request(endpoint=endpoint), events)
+    assert raised.type is error
+    assert not events
+    asked = server.exchanges[-1].json
+    assert (asked["max_tokens"], asked.get("stream"), len(server.exchanges)) == (1, None, 2)
+
+
+async def test_a_call_that_is_forced_has_one_name_and_one_id(fake: ModuleType) -> None:
+    """The server names the function in each chunk, which openai-python would join."""
+    request = with_fields(chat_request(), tools=[TOOL], tool_choice="required")
+    request = msgspec.structs.replace(request, needs_tools=True)
+    async with serving(fake, tools=True) as (adapter, _):
+        pieces = [
+            piece
+            async for event in adapter.stream(request, Attempt())
+            if isinstance(event, Delta)
+            for piece in event.tool_calls
+        ]
+    assert [piece.name for piece in pieces if piece.name] == ["now"]
+    assert len([piece.id for piece in pieces if piece.id]) == 1
+    assert "".join(piece.arguments for piece in pieces) == '{"zone": 1}'
+
+
 async def test_logprobs_of_the_chosen_token_alone_need_one_beside_it(fake: ModuleType) -> None:
     request = with_fields(chat_request(endpoint="completions"), logprobs=0)
     request = msgspec.structs.replace(request, sampling=Sampling(logprobs=0, max_tokens=16))
@@ -103,6 +202,8 @@ async def test_logprobs_of_the_chosen_token_alone_need_one_beside_it(fake: Modul
     ("request_", "field"),
     [
         (with_fields(chat_request(), top_k=1), "top_k"),
+        (with_fields(chat_request(), ignore_eos=True), "ignore_eos"),
+        (with_fields(chat_request(), min_tokens=3), "min_tokens"),
         (with_fields(chat_request(), logit_bias={"1": 2}), "logit_bias"),
         (chat_request(n=2), "n"),
         (

@@ -16,6 +16,7 @@ from fake_servers.serving import FakeServer
 from fake_servers.sglang import Sglang, SglangEmbedding
 from fake_servers.tgi import Tgi
 from fake_servers.triton import Triton
+from fake_servers.triton_openai import TritonOpenAI
 from fake_servers.trtllm import TrtLlm
 from fake_servers.vllm import Vllm, VllmPooling
 from forebay.conformance import CHECKS, Check, Report, Subject, examine
@@ -37,6 +38,7 @@ class Played(Struct, frozen=True):
 
 
 _TRITON = {"chat_template": "gemma", "max_context": 4096, "metrics_url": "URL"}
+_FRONTEND = {"tools": True, "vllm": True, "max_context": 4096, "slots": 4}
 _OPERATIONS = ("operations",)
 
 PLAYED: Mapping[str, Played] = {
@@ -52,6 +54,7 @@ PLAYED: Mapping[str, Played] = {
     "triton-embedder": Played("triton", Triton, {"model": "embedder"}, _OPERATIONS),
     "triton-ensemble": Played("triton", Triton, {"model": "ensemble", **_TRITON}),
     "triton-vllm": Played("triton", Triton, {"model": "vllm_model", **_TRITON}),
+    "triton_openai": Played("triton_openai", TritonOpenAI, _FRONTEND, shown=True),
     "trtllm": Played("trtllm", TrtLlm, {"tools": True, "max_context": 4096}, shown=True),
     "vllm": Played("vllm", Vllm),
     "vllm-pooling": Played("vllm", VllmPooling, areas=_OPERATIONS),
