@@ -16,7 +16,7 @@ from fake_servers.serving import FakeServer
 from fake_servers.sglang import Sglang, SglangEmbedding
 from fake_servers.tgi import Tgi
 from fake_servers.triton import Triton
-from fake_servers.triton_openai import TritonOpenAI
+from fake_servers.triton_openai import TritonOpenAI, TritonOpenAIEmbedding
 from fake_servers.trtllm import TrtLlm
 from fake_servers.vllm import Vllm, VllmPooling
 from forebay.conformance import CHECKS, Check, Report, Subject, examine
@@ -55,6 +55,9 @@ PLAYED: Mapping[str, Played] = {
     "triton-ensemble": Played("triton", Triton, {"model": "ensemble", **_TRITON}),
     "triton-vllm": Played("triton", Triton, {"model": "vllm_model", **_TRITON}),
     "triton_openai": Played("triton_openai", TritonOpenAI, _FRONTEND, shown=True),
+    "triton_openai-embedding": Played(
+        "triton_openai", TritonOpenAIEmbedding, {"endpoints": ["embeddings"]}, _OPERATIONS
+    ),
     "trtllm": Played("trtllm", TrtLlm, {"tools": True, "max_context": 4096}, shown=True),
     "vllm": Played("vllm", Vllm),
     "vllm-pooling": Played("vllm", VllmPooling, areas=_OPERATIONS),

@@ -7,6 +7,8 @@ statuses and sentences are as it gave them.
 
 from __future__ import annotations
 
+import struct
+from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -14,10 +16,10 @@ from fake_servers.answer import Piece
 from fake_servers.model import EOS, Step, detokenize
 from fake_servers.openai_fields import mistakes, named_tool
 from fake_servers.openai_like import OpenAIFake, Writer, token_texts
-from fake_servers.serving import Refusal, event, reply
+from fake_servers.serving import Refusal, event, reply, vector
 from forebay.testing import Exchange
 
-__all__ = ["TritonOpenAI"]
+__all__ = ["TritonOpenAI", "TritonOpenAIEmbedding"]
 
 _BOTH = frozenset(
     (
@@ -31,6 +33,7 @@ _CHAT = _BOTH | {
     *("function_call", "functions", "max_completion_tokens", "messages", "response_format"),
     *("tool_choice", "tools", "top_logprobs"),
 }
+_EMBEDDING = frozenset(("dimensions", "encoding_format", "input", "model", "user"))
 #: Field, and the least and most that it may be.
 _BOUNDS = (
     ("temperature", 0, 2),
@@ -262,6 +265,40 @@ class TritonOpenAI(OpenAIFake):
         card = {"id": self.model, "created": self.now(), "object": "model"}
         cards = [{**card, "owned_by": "Triton Inference Server"}]
         reply(exchange, 200, {"object": "list", "data": cards})
+
+
+class TritonOpenAIEmbedding(TritonOpenAI):
+    """With a model that embeds; one input at a time, as a text or as token ids."""
+
+    routes: ClassVar[Mapping[str, str]] = {
+        **{route: to for route, to in TritonOpenAI.routes.items() if not route.startswith("POST")},
+        "POST /v1/embeddings": "embed",
+    }
+
+    async def embed(self, exchange: Exchange) -> None:
+        body = self.body(exchange)
+        found = mistakes(body, ("input", "model"), _EMBEDDING)
+        given = body.get("input")
+        if given is not None and not given:
+            said = "Value should have at least 1 item after validation, not 0"
+            found.append(
+                {"type": "too_short", "loc": ["body", "input"], "msg": said, "input": given}
+            )
+        elif isinstance(given, list) and not all(isinstance(one, int) for one in given):
+            loc, said = ["body", "input", "str"], "Input should be a valid string"
+            found.append({"type": "string_type", "loc": loc, "msg": said, "input": given})
+        if found:
+            raise Mistaken(found)
+        if body["model"] != self.model:
+            raise Refusal(400, f"Unknown model: {body['model']}")
+        text = given if isinstance(given, str) else detokenize(given or [])
+        count = len(self.text_tokens(text, special=False))
+        made: Any = vector(text)
+        if body.get("encoding_format") == "base64":
+            made = b64encode(struct.pack(f"<{len(made)}f", *made)).decode()
+        data = [{"object": "embedding", "embedding": made, "index": 0}]
+        usage = {"prompt_tokens": count, "total_tokens": count}
+        reply(exchange, 200, {"object": "list", "data": data, "model": self.model, "usage": usage})
 
 
 class Mistaken(Exception):
