@@ -106,6 +106,11 @@ class Server:
             self.kill()
 
 
+def examined(backend: dict[str, Any]) -> bool:
+    """Of a backend as the admin port shows it."""
+    return bool(backend["examination"]["pending"] == [])
+
+
 class Gateway(Server):
     """`forebay serve` on a configuration."""
 
@@ -139,9 +144,7 @@ class Gateway(Server):
 
     def wait_until_examined(self, name: str, seconds: float = 120) -> None:
         """What it can do is known, not only claimed."""
-        wait_for(
-            lambda: self.backend(name)["examination"]["pending"] == [], seconds, f"{name}, examined"
-        )
+        wait_for(lambda: examined(self.backend(name)), seconds, f"{name}, examined")
 
     def engine(self) -> psutil.Process:
         """The native engine's process, a child of the gateway's."""
@@ -308,10 +311,15 @@ def serve_demo(logs: Path) -> Callable[[], Server]:
     def start() -> Server:
         port, admin = free_port(), free_port()
         options = ["--port", str(port), "--admin-port", str(admin)]
+        backends = f"http://127.0.0.1:{admin}/backends"
         ready = f"http://127.0.0.1:{admin}/readyz"
         server = Server("demo", [str(FOREBAY), "serve", *options], port, ready, logs)
         server.start()
         server.wait()
+        # In bf16 what else is in the batch can tip the balance between two words.
+        wait_for(
+            lambda: examined(httpx.get(backends).json()["backends"][0]), 120, "the demo, examined"
+        )
         return server
 
     return start

@@ -168,13 +168,14 @@ async def test_a_cleared_cache_is_an_empty_view(follow: Any, real: dict[str, Any
 
 
 async def test_operators_see_what_is_cached(gateway: Any) -> None:
+    gaps = (gateway.backend("vllm")["cache"] or {}).get("gaps", 0)  # other tests kill this vLLM
     async with httpx.AsyncClient(base_url=gateway.url, timeout=60) as client:
         asked = {"model": "vllm", "prompt": prompt(), "max_tokens": 1}
         assert (await client.post("/v1/completions", json=asked)).status_code == 200
     async with asyncio.timeout(30):
         while (gateway.backend("vllm")["cache"] or {}).get("tokens", 0) < 256:
             await asyncio.sleep(0.1)
-    assert gateway.backend("vllm")["cache"]["gaps"] == 0
+    assert gateway.backend("vllm")["cache"]["gaps"] == gaps
 
 
 async def test_whole_answers_tell_the_load(real: dict[str, Any]) -> None:
