@@ -34,6 +34,7 @@ from forebay.api import (
     GenerateRequest,
     Message,
     Sampling,
+    StaleConnection,
     TokenLogprob,
     Unsupported,
     Usage,
@@ -261,6 +262,18 @@ class _Examinee:
         return answer
 
     async def _events(
+        self, text: str, sampling: Sampling, **fields: Any
+    ) -> AsyncGenerator[Event, None]:
+        try:
+            async with aclosing(self._once(text, sampling, **fields)) as events:
+                async for event in events:
+                    yield event
+        except StaleConnection:  # says nothing of the server: again on a new one, as for clients
+            async with aclosing(self._once(text, sampling, **fields)) as events:
+                async for event in events:
+                    yield event
+
+    async def _once(
         self, text: str, sampling: Sampling, **fields: Any
     ) -> AsyncGenerator[Event, None]:
         request = self._request(text, sampling, **fields)

@@ -51,6 +51,8 @@ class Server:
         self.open.set()
         self.status = 200
         self._turn = itertools.count()
+        #: Connections on which it has been asked for text.
+        self._used: set[asyncio.Transport] = set()
 
     async def __call__(self, exchange: Exchange) -> None:
         if exchange.method == "GET":
@@ -58,6 +60,10 @@ class Server:
             return
         asked = exchange.json
         self.asked.append(asked)
+        if "keep-alive" in self.lies and exchange._transport in self._used:
+            exchange.cut()
+            return
+        self._used.add(exchange._transport)
         if self.status != 200:
             exchange.answer(self.status, {"error": {"message": "not now"}})
         elif any(f"broken {name}" in self.lies for name in asked):
@@ -209,6 +215,12 @@ async def test_a_lie_is_found_out(
     told = found.pop(question)
     assert (told.verdict, reason in told.reason, told.again) == ("fails", True, False), told
     assert found == dict.fromkeys(ALL - {question}, Finding("holds"))
+
+
+async def test_connections_that_are_not_kept_say_nothing() -> None:
+    """llama.cpp drops them after each stream, and only its own adapter knows."""
+    async with examined(Server("keep-alive")) as findings:
+        assert await findings() == dict.fromkeys(ALL, Finding("holds"))
 
 
 async def test_what_cannot_be_told_is_not_held_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
