@@ -99,7 +99,7 @@ PLANTED = {
     ("one piece", "streaming.pieces"): "broken",
     ("comments", "streaming.lines"): "repaired",
     ("usage with choices", "usage.stream"): "repaired",
-    ("usage everywhere", "usage.stream-once"): "broken",
+    ("usage everywhere", "usage.stream-once"): "repaired",
     ("usage unasked", "usage.stream-unasked"): "repaired",
     ("sum", "usage.adds-up"): "broken",
     ("limit", "length.max-tokens"): "broken",

@@ -13,6 +13,13 @@ from forebay.config import Config, Model
 from forebay.testing import Exchange, ScriptedServer
 from forebay_plugins import openai as adapter
 
+#: What nobody said, sent all the same.
+NEUTRAL = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+}
 FUNCTION = {"name": "weather", "parameters": {"type": "object"}}
 
 
@@ -86,6 +93,7 @@ async def test_anthropic_over_an_openai_shaped_server(serve_gateway, upstream) -
         "tools": [{"type": "function", "function": FUNCTION}],
         "stream": True,
         "stream_options": {"include_usage": True},
+        **NEUTRAL,
     }
 
 
@@ -108,4 +116,5 @@ async def test_responses_over_an_openai_shaped_server(serve_gateway, upstream) -
         "tools": [{"type": "function", "function": FUNCTION}],
         "stream": True,
         "stream_options": {"include_usage": True},
+        **NEUTRAL,
     }

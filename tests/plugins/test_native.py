@@ -116,6 +116,8 @@ class TestNative(AdapterContract):
     impossible = frozenset(
         {Scenario.BROKEN, Scenario.GARBAGE, Scenario.FAILING, Scenario.UNFINISHED}
     )
+    # It is another process that has to be given a turn by the machine, and then to say so.
+    cancel_within = 2.0
 
     def bench(self, scenario: Scenario) -> AbstractAsyncContextManager[Bench]:
         return self._bench(scenario)

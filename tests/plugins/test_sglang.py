@@ -129,7 +129,7 @@ async def test_an_aborted_stream_is_broken(fake: ModuleType) -> None:
         exchange.send(said.piece(0, None, "abort") + b"data: [DONE]\n\n")
 
     async with serving(script) as (adapter, _):
-        with pytest.raises(StreamTruncated, match="aborted"):
+        with pytest.raises(StreamTruncated, match="abort"):
             await collect(adapter, chat_request())
 
 

@@ -22,7 +22,7 @@ Load = Callable[[str], ModuleType]
 
 @asynccontextmanager
 async def serving(name: str, script: Any, **settings: Any) -> AsyncIterator[Adapter]:
-    (kind,) = MODULES[name].adapters()
+    kind = next(kind for kind in MODULES[name].adapters() if kind.name == name)
     async with ScriptedServer(script) as server:
         made = kind.settings(adapter=name, url=server.url, **settings)
         adapter = kind.build(made, adapter_context())
