@@ -146,7 +146,12 @@ class LlamaCppAdapter(OpenAIServer):
     async def changes(self, request: GenerateRequest) -> dict[str, object]:
         refuse_unknown(request, self.settings.fields)
         schema = _schema(request) if request.endpoint == "completions" else {}
-        return {**schema, **await self._limit(request), **await self._penalties(request)}
+        return {
+            **schema,
+            **_logprobs(request),
+            **await self._limit(request),
+            **await self._penalties(request),
+        }
 
     def stream(self, request: GenerateRequest, attempt: Attempt) -> AsyncGenerator[Event, None]:
         # Those of completions come in the form of chats: so the gateway is to write them.
@@ -193,6 +198,12 @@ class LlamaCppAdapter(OpenAIServer):
             decode=seconds(timings.get("predicted_ms")),
             source="llamacpp.timings",
         )
+
+
+def _logprobs(request: GenerateRequest) -> dict[str, object]:
+    """To it none of the likeliest tokens means no logprobs at all: one is the fewest."""
+    asked = request.endpoint == "chat" and request.sampling.logprobs == 0
+    return {"top_logprobs": 1} if asked else {}
 
 
 def _schema(request: GenerateRequest) -> dict[str, object]:

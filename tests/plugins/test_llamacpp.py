@@ -174,6 +174,16 @@ async def test_it_gives_as_many_choices_as_it_has_slots(fakes: ModuleType) -> No
         assert found.max_choices == found.slots > 1
 
 
+async def test_logprobs_without_the_likeliest_tokens_are_asked_for_with_one(
+    fakes: ModuleType,
+) -> None:
+    """LlamaIndex says `top_logprobs: 0`, for which the server gives no logprobs at all."""
+    async with started(fakes) as (adapter, exchanges):
+        asked = chat_request(logprobs=True, top_logprobs=0)
+        await collect(adapter, structs.replace(asked, sampling=Sampling(logprobs=0)))
+        assert exchanges[-1].json["top_logprobs"] == 1
+
+
 async def test_logprobs_of_completions_are_no_chunks_of_chats() -> None:
     """It writes them in the form of chats; as events, the gateway can write them as it should."""
     entry = {"token": " b", "logprob": -0.5, "top_logprobs": [{"token": " b", "logprob": -0.5}]}
