@@ -14,7 +14,8 @@ from torch import Tensor
 
 import forebay_kernels as kernels
 from forebay_engine.hf_config import ModelConfig
-from forebay_engine.layers import Angles, Attention, GatedMlp, LayerCache, Linear, RmsNorm, Rotary
+from forebay_engine.layers import Angles, Attention, GatedMlp, LayerCache, RmsNorm, Rotary
+from forebay_engine.linear import Linear
 from forebay_engine.weights import Weights
 
 
