@@ -18,7 +18,7 @@ class StepBatch:
 
     token_ids: Tensor  # [tokens] int64
     positions: Tensor  # [tokens] int64
-    #: The last token of each row that wants a sample.
+    #: Of each row that wants a sample, the last known token and the guesses behind it.
     sample_at: Tensor  # [samples] int64
     paged: PagedBatch
 
@@ -29,7 +29,7 @@ def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> StepBa
     for row in rows:
         _check(row, block_size)
     num_decodes = next((i for i, row in enumerate(rows) if row.count != 1), len(rows))
-    tokens = [token for row in rows for token in row.token_ids[row.start : row.start + row.count]]
+    tokens = [token for row in rows for token in _tokens(row)]
     positions = [p for row in rows for p in range(row.start, row.start + row.count)]
     slots = [
         row.block_table[p // block_size] * block_size + p % block_size
@@ -40,7 +40,12 @@ def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> StepBa
     lengths = tuple(row.start + row.count for row in rows)
     widest = max(len(row.block_table) for row in rows)
     tables = [list(row.block_table) + [0] * (widest - len(row.block_table)) for row in rows]
-    samples = [end - 1 for row, end in zip(rows, ends[1:], strict=True) if row.sample]
+    samples = [
+        place
+        for row, end in zip(rows, ends[1:], strict=True)
+        if row.sample
+        for place in range(end - 1 - len(row.draft), end)
+    ]
     return StepBatch(
         token_ids=torch.tensor(tokens, device=device),
         positions=torch.tensor(positions, device=device),
@@ -56,15 +61,20 @@ def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> StepBa
     )
 
 
+def _tokens(row: Row) -> list[int]:
+    known = list(row.token_ids[row.start : row.start + row.count])
+    return [*known, *row.draft]
+
+
 def _check(row: Row, block_size: int) -> None:
-    end = row.start + row.count
-    if row.count < 1 or end > len(row.token_ids):
-        raise ValueError(
-            f"sequence {row.seq_id}: tokens {row.start}..{end} of {len(row.token_ids)} planned"
-        )
+    end, there = row.start + row.count, len(row.token_ids) + len(row.draft)
+    if row.count < 1 or end > there:
+        raise ValueError(f"sequence {row.seq_id}: tokens {row.start}..{end} of {there} planned")
+    if row.draft and (not row.sample or row.count <= len(row.draft)):
+        raise ValueError(f"sequence {row.seq_id}: guesses do not follow its last token")
     if end > len(row.block_table) * block_size:
         raise ValueError(
             f"sequence {row.seq_id}: {end} tokens do not fit its {len(row.block_table)} pages"
         )
-    if row.sample and end != len(row.token_ids):
+    if row.sample and end != there:
         raise ValueError(f"sequence {row.seq_id}: a sample is asked before its last token")

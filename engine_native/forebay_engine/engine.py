@@ -165,8 +165,8 @@ class Engine:
                     continue
                 self._note_admissions(plan)
                 result = await loop.run_in_executor(thread, self._runner.execute, plan)
-                for sequence, sampled in self.scheduler.apply(result):
-                    self._advance(self._choices[sequence.id], sampled)
+                for sequence, drawn in self.scheduler.apply(result):
+                    self._advance(self._choices[sequence.id], drawn)
 
     def _sampling(self, command: Generate, prompt: list[int]) -> SamplingParams:
         sampling = command.sampling
@@ -199,16 +199,22 @@ class Engine:
             if request.admitted is None:
                 request.admitted = now
 
-    def _advance(self, choice: Choice, sampled: Sampled) -> None:
-        """Take a choice's next token, and send what text is certain by now."""
+    def _advance(self, choice: Choice, drawn: list[Sampled]) -> None:
+        """Take a choice's next tokens, and send what text is certain by now."""
         sequence, request = choice.sequence, choice.request
         if request.first_token is None:
             request.first_token = time.monotonic()
-        choice.token_ids.append(sampled.token_id)
-        text = ""
         # A token that stops is no part of the text.
-        if sequence.finish_reason is not FinishReason.STOP:
-            text = self._text(choice, sampled)
+        spoken = len(drawn) - (sequence.finish_reason is FinishReason.STOP)
+        text = ""
+        for left, sampled in zip(range(len(drawn) - 1, -1, -1), drawn, strict=True):
+            choice.token_ids.append(sampled.token_id)
+            if len(drawn) - left <= spoken:
+                piece, stopped = self._text(choice, sampled, sequence.num_output - left)
+                text += piece
+                if stopped:
+                    self._stop(sequence, left)
+                    break
         if sequence.finish_reason is not None:
             text += choice.stops.flush()
         if text or sequence.finish_reason is not None:
@@ -216,18 +222,21 @@ class Engine:
         if sequence.finish_reason is not None:
             self._close(choice)
 
-    def _text(self, choice: Choice, sampled: Sampled) -> str:
-        sequence = choice.sequence
+    def _stop(self, sequence: Sequence, unspoken: int) -> None:
+        """End an answer at a stop string, without the tokens that were drawn behind it."""
+        if sequence.finish_reason is None:
+            self.scheduler.abort(sequence.id, FinishReason.STOP)
+        sequence.finish_reason = FinishReason.STOP
+        del sequence.token_ids[len(sequence.token_ids) - unspoken :]
+
+    def _text(self, choice: Choice, sampled: Sampled, number: int) -> tuple[str, bool]:
+        """The certain text up to the answer's ``number``-th token, and whether that stops it."""
         if sampled.logprob is not None:
             choice.logprobs.append(self._logprob(sampled, sampled.logprob))
         text = choice.text.push(sampled.token_id)
-        if sequence.num_output <= sequence.sampling.min_tokens:
-            return text
-        text, stopped = choice.stops.push(text)
-        if stopped:
-            self.scheduler.abort(sequence.id, FinishReason.STOP)
-            sequence.finish_reason = FinishReason.STOP
-        return text
+        if number <= choice.sequence.sampling.min_tokens:
+            return text, False
+        return choice.stops.push(text)
 
     def _logprob(self, sampled: Sampled, logprob: float) -> Logprob:
         name = self._tokenizer.token_text

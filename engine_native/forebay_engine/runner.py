@@ -58,7 +58,7 @@ class Runner:
             rows = [row for row in plan.rows if row.sample]
             if not rows:
                 return StepResult(())
-            logits = self._model.logits(hidden[batch.sample_at])  # [samples, vocab]
+            logits = self._model.logits(hidden[batch.sample_at])  # [places, vocab]
             return StepResult(sample(logits, rows, self.eos_token_ids))
 
     def warm_up(self) -> None:

@@ -166,16 +166,15 @@ class Scheduler:
         self.counters.steps += 1
         return StepPlan(tuple(sorted(rows.values(), key=lambda row: row.count > 1)))
 
-    def apply(self, result: StepResult) -> list[tuple[Sequence, Sampled]]:
-        """Take a step's result; the sequences that got a token, with ``finish_reason`` if it ended.
+    def apply(self, result: StepResult) -> list[tuple[Sequence, list[Sampled]]]:
+        """Take a step's result; the sequences that got tokens, with ``finish_reason`` if it ended.
 
         :raises RuntimeError: the result does not belong to the step in flight.
         """
         if self._in_flight is None:
             raise RuntimeError("no step is in flight")
-        rows, sampled = self._in_flight, {item.seq_id: item for item in result.sampled}
-        if sampled.keys() != {row.seq_id for row in rows.values() if row.sample}:
-            raise RuntimeError("the result's sequences are not those that the plan sampled")
+        rows = self._in_flight
+        sampled = _by_sequence(result, [row for row in rows.values() if row.sample])
         self._in_flight = None
         progress = []
         for row in rows.values():
@@ -184,11 +183,13 @@ class Scheduler:
             if entry.doomed:
                 self._forget(entry)
                 continue
-            entry.sequence.num_computed += row.count
-            self._publish(entry)
+            entry.sequence.num_computed += row.count - len(row.draft)
             if row.sample:
-                self._append(entry, sampled[row.seq_id].token_id)
-                progress.append((entry.sequence, sampled[row.seq_id]))
+                taken = self._append(entry, sampled[row.seq_id])
+                progress.append((entry.sequence, taken))
+            self._publish(entry)
+            if entry.sequence.finish_reason is not None:
+                self._forget(entry)
         return progress
 
     def check(self) -> None:
@@ -309,16 +310,20 @@ class Scheduler:
             entry.digest = self.pool.publish(sequence.block_table[index], entry.digest, tokens)
             entry.published = index + 1
 
-    def _append(self, entry: _Entry, token_id: int) -> None:
-        sequence, sampling = entry.sequence, entry.sequence.sampling
-        sequence.token_ids.append(token_id)
-        if self._ends(token_id, sequence):
-            sequence.finish_reason = FinishReason.STOP
-        elif sequence.num_output >= sampling.max_tokens:
-            sequence.finish_reason = FinishReason.LENGTH
-        if sequence.finish_reason is not None:
-            self.counters.finished += 1
-            self._forget(entry)
+    def _append(self, entry: _Entry, drawn: list[Sampled]) -> list[Sampled]:
+        """Add what was drawn, up to the answer's end; all but the last are computed as well."""
+        sequence = entry.sequence
+        for number, sampled in enumerate(drawn):
+            sequence.num_computed += number > 0
+            sequence.token_ids.append(sampled.token_id)
+            if self._ends(sampled.token_id, sequence):
+                sequence.finish_reason = FinishReason.STOP
+            elif sequence.num_output >= sequence.sampling.max_tokens:
+                sequence.finish_reason = FinishReason.LENGTH
+            if sequence.finish_reason is not None:
+                self.counters.finished += 1
+                return drawn[: number + 1]
+        return drawn
 
     def _ends(self, token_id: int, sequence: Sequence) -> bool:
         sampling = sequence.sampling
@@ -335,3 +340,20 @@ class Scheduler:
             where = self._waiting
         where.remove(entry)
         self.pool.release(entry.sequence.block_table)
+
+
+def _by_sequence(result: StepResult, rows: list[Row]) -> dict[int, list[Sampled]]:
+    """What was drawn for each row.
+
+    :raises RuntimeError: not what the rows asked for.
+    """
+    found: dict[int, list[Sampled]] = {}
+    for item in result.sampled:
+        found.setdefault(item.seq_id, []).append(item)
+    if found.keys() != {row.seq_id for row in rows}:
+        raise RuntimeError("the result's sequences are not those that the plan sampled")
+    for row in rows:
+        drawn = [item.token_id for item in found[row.seq_id]]
+        if drawn[:-1] != list(row.draft[: len(drawn) - 1]):
+            raise RuntimeError(f"sequence {row.seq_id}: {drawn} do not follow from {row.draft}")
+    return found

@@ -8,8 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from forebay_engine.sequence import SamplingParams
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+class Guide(Protocol):
+    """What an answer must obey, as far as it has come; read while the forward pass runs."""
+
+    def masks(self, draft: Items[int]) -> npt.NDArray[np.int32]:
+        """Allowed tokens at each place: bit ``t % 32`` of word ``t // 32`` stands for token ``t``.
+
+        ``[1 + len(draft), ceil(vocab / 32)]``: after the answer so far, then after each guessed
+        token. What follows a guess that is not allowed is never read. The guide stays where it is.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +46,16 @@ class Row:
     sampling: SamplingParams
     #: Where the answer begins in ``token_ids`` (penalties count the answer only).
     num_prompt: int
+    #: Tokens guessed to follow ``token_ids``: the step's last ones, counted in ``count``. A token
+    #: is drawn after the last known one, and after each guess that came true.
+    draft: tuple[int, ...] = ()
+    #: None: any token may come.
+    guide: Guide | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Decode rows (count 1) first, then prefill rows."""
+    """Rows of one token first, then the longer ones: chunks of prompts, and guesses to verify."""
 
     rows: tuple[Row, ...]
 
@@ -44,7 +66,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The token drawn for a row with ``sample``."""
+    """A token drawn for a row with ``sample``."""
 
     seq_id: int
     token_id: int
@@ -56,6 +78,6 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One entry for each row with ``sample``, in the plan's order."""
+    """For each row with ``sample``, in the plan's order: the guesses that came true, one more."""
 
     sampled: tuple[Sampled, ...]

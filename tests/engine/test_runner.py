@@ -7,6 +7,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,25 @@ def test_batch_lays_rows_out_one_after_another() -> None:
 )
 def test_contradicting_rows_are_named(row: Row, message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        build_batch(StepPlan((row,)), 4, CPU)
+
+
+def test_guesses_that_come_true_are_the_tokens_of_single_steps(runner: Runner) -> None:
+    prompt = [2, 8, 9, 4]
+    alone = list(prompt)
+    for _ in range(4):
+        single = planned(1, list(alone), 0, [0], True)
+        alone.append(runner.execute(StepPlan((single,))).sampled[0].token_id)
+    true = alone[len(prompt) :]
+    for draft, come in [(true[:3], 4), ([true[0], (true[1] + 1) % 384, true[2]], 2)]:
+        guessed = replace(planned(1, prompt, 0, [1], True), count=7, draft=tuple(draft))
+        drawn = runner.execute(StepPlan((guessed, planned(2, [2], 0, [2], True)))).sampled
+        assert [s.token_id for s in drawn if s.seq_id == 1] == true[:come]
+
+
+def test_guesses_that_hang_in_the_air_are_refused() -> None:
+    row = replace(planned(3, [1, 2, 3], 0, [0], True), count=1, draft=(4,))
+    with pytest.raises(ValueError, match="guesses do not follow its last token"):
         build_batch(StepPlan((row,)), 4, CPU)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -234,6 +235,30 @@ def test_logprobs_are_the_models_own() -> None:
 def test_as_many_logprobs_as_asked(asked: int | None, count: int | None) -> None:
     got = draw(LOGITS, row(logprobs=asked))
     assert (None if got.logprob is None else len(got.top)) == count
+
+
+def test_guesses_are_taken_while_they_are_what_would_be_drawn() -> None:
+    """Each place draws as if the guesses before it had been drawn one by one."""
+    params: dict[str, Any] = {"seed": 3, "temperature": 1.3, "presence_penalty": 1.5}
+    logits = np.stack([LOGITS, LOGITS[::-1], LOGITS * 2, LOGITS])
+    alone = [3]
+    for place in logits:
+        alone.append(draw(place, row(list(alone), **params)).token_id)
+    many = torch.tensor(logits, dtype=torch.float32)
+    true, false = alone[1:], (alone[3] + 1) % len(LOGITS)
+    for draft, come in [(true[:3], 4), ([*true[:2], false], 3), ([false, *true[1:3]], 1)]:
+        asked = replace(row([3], **params), count=4, draft=tuple(draft))
+        got = [s.token_id for s in sample(many[: 1 + len(draft)], [asked], EOS)]
+        assert got == true[:come]
+
+
+def test_only_what_a_guide_allows_is_drawn_at_each_place() -> None:
+    allowed = torch.zeros(2, 8, dtype=torch.bool)
+    allowed[0, 5] = allowed[1, 1] = True
+    many = torch.tensor(LOGITS, dtype=torch.float32).expand(2, -1)
+    for params in ({"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.5}):
+        asked = replace(row(**params), count=2, draft=(5,))
+        assert [s.token_id for s in sample(many, [asked], EOS, {7: allowed})] == [5, 1]
 
 
 def mixed_in_numpy(seed: int, position: int, ids: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:

@@ -254,6 +254,9 @@ def test_plan_and_apply_alternate() -> None:
         scheduler.plan()
     with pytest.raises(RuntimeError, match="not those"):
         scheduler.apply(StepResult(()))
+    two = StepResult((Sampled(0, 5), Sampled(0, 6)))
+    with pytest.raises(RuntimeError, match="do not follow"):
+        scheduler.apply(two)
 
 
 def test_the_scheduler_needs_no_tensors() -> None:
@@ -345,9 +348,9 @@ class Serving(RuleBasedStateMachine):
         self.flying = None
         # What happened since the plan has not moved a block under the step.
         assert [tuple(row.block_table) for row in plan.rows] == tables
-        for sequence, sampled in self.scheduler.apply(self.runner.execute(plan)):
+        for sequence, drawn in self.scheduler.apply(self.runner.execute(plan)):
             assert sequence.id not in self.aborted
-            assert sequence.token_ids[-1] == sampled.token_id
+            assert sequence.token_ids[-1] == drawn[-1].token_id
             if sequence.finish_reason is not None:
                 self._finished(self.alive.pop(sequence.id))
 
