@@ -13,6 +13,7 @@ import forebay_kernels as kernels
 from forebay_engine.hf_config import ModelConfig, ModelError, Rope
 from forebay_engine.linear import Linear
 from forebay_engine.weights import Weights
+from forebay_kernels.matrix import concatenate
 
 
 class RmsNorm:
@@ -151,13 +152,22 @@ def _activation(name: str) -> Callable[[Tensor], Tensor]:
 
 
 def linear(weights: Weights, name: str, out: int, into: int, *, bias: bool) -> Linear:
-    """The layer stored as ``name``.weight ``[out, into]``, and ``name``.bias if it has one."""
+    """The layer stored under ``name``, ``[out, into]``, with its bias if it has one."""
     return _merged(weights, {name: out}, into, bias=bias)
+
+
+def head(config: ModelConfig, weights: Weights, embedding: Tensor) -> Linear:
+    """The output layer; config.json may say that it is the embedding ``[vocab, hidden]``."""
+    if not config.tie_word_embeddings:
+        return linear(weights, "lm_head", config.vocab_size, config.hidden_size, bias=False)
+    weights.skip(["lm_head.weight"])
+    return Linear(weights.tied(embedding))
 
 
 def _merged(weights: Weights, parts: dict[str, int], into: int, *, bias: bool) -> Linear:
     """Layers that read the same input as one: it is read once, and one call is made."""
-    weight = torch.cat([weights.take(f"{name}.weight", n, into) for name, n in parts.items()])
+    each = [weights.matrix(name, out, into) for name, out in parts.items()]
+    matrix = concatenate(each, weights.dtype)
     if not bias:
-        return Linear(weight)
-    return Linear(weight, torch.cat([weights.take(f"{n}.bias", out) for n, out in parts.items()]))
+        return Linear(matrix)
+    return Linear(matrix, torch.cat([weights.take(f"{n}.bias", out) for n, out in parts.items()]))

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from forebay_engine.hf_config import ModelError
+from forebay_kernels.matrix import Dense, Matrix
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -68,6 +69,14 @@ class Weights:
                 f"config.json asks for {list(shape)}"
             )
         return tensor.to(self.device, dtype or self.dtype)
+
+    def matrix(self, name: str, out: int, into: int) -> Matrix:
+        """The weight of the linear layer ``name``, ``[out, into]``, as the checkpoint holds it."""
+        return Dense(self.take(f"{name}.weight", out, into))
+
+    def tied(self, embedding: Tensor) -> Matrix:
+        """The embedding ``[vocab, hidden]`` in its second place, as the output layer's weight."""
+        return Dense(embedding)
 
     def skip(self, names: Iterable[str]) -> None:
         """Leave out tensors that some writers store although they follow from others."""

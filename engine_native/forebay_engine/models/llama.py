@@ -14,8 +14,7 @@ from torch import Tensor
 
 import forebay_kernels as kernels
 from forebay_engine.hf_config import ModelConfig
-from forebay_engine.layers import Angles, Attention, GatedMlp, LayerCache, RmsNorm, Rotary
-from forebay_engine.linear import Linear
+from forebay_engine.layers import Angles, Attention, GatedMlp, LayerCache, RmsNorm, Rotary, head
 from forebay_engine.weights import Weights
 
 
@@ -69,10 +68,7 @@ class Llama:
         self._norm = RmsNorm(
             weights.take("model.norm.weight", config.hidden_size), config.rms_norm_eps
         )
-        if config.tie_word_embeddings:
-            weights.skip(["lm_head.weight"])
-        tied = config.tie_word_embeddings
-        self._head = Linear(self._embedding if tied else weights.take("lm_head.weight", *shape))
+        self._head = head(config, weights, self._embedding)
 
     def forward(
         self,
