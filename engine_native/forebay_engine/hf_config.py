@@ -7,7 +7,9 @@ hide a key that a checkpoint lacks.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,24 @@ class Rope:
 
     theta: float
     kind: str = "default"
+    #: Of a head's dimensions, those that are rotated: its first ones.
+    partial: float = 1.0
     factor: float = 1.0
+    #: Of cosines and sines (yarn, longrope).
+    attention_factor: float = 1.0
+    #: Positions of the training before the context was stretched.
+    original_max_position: int = 8192
     #: llama3: wavelengths beyond original/low are divided by ``factor``, below original/high kept.
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    original_max_position: int = 8192
+    #: yarn: what turns more often than ``beta_fast`` in the original context is kept, what turns
+    #: less often than ``beta_slow`` divided by ``factor``.
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    #: longrope: divisors of each frequency, for contexts within the original one and beyond it.
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +58,11 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rms_norm_eps: float
+    norm_eps: float
     max_position_embeddings: int
+    #: Longest sequence that is served. Angles that depend on a sequence's length take this one:
+    #: a cached key must be right for whoever reads it.
+    served_length: int
     tie_word_embeddings: bool
     #: Of each layer: attends to the last ``sliding_window`` positions only.
     sliding: tuple[bool, ...]
@@ -61,6 +79,25 @@ class ModelConfig:
     #: As stored: ``float32``, ``bfloat16``, ``float16``.
     dtype: str
     eos_token_ids: frozenset[int]
+    #: All of config.json, for what only one family has.
+    data: Mapping[str, Any] = field(compare=False, repr=False)
+
+
+#: What a family's files may leave out, since transformers has it as the class's default.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "Gemma2ForCausalLM": {
+        "tie_word_embeddings": True,
+        "sliding_window_pattern": 2,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    "Gemma3ForCausalLM": {
+        "tie_word_embeddings": True,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+    },
+}
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -92,9 +129,11 @@ def _json(path: Path) -> dict[str, Any]:
 def _parse(data: dict[str, Any], eos: int | list[int] | None) -> ModelConfig:
     _refuse_unsupported(data)
     architecture = (data.get("architectures") or ["none"])[0]
+    data = {**_DEFAULTS.get(architecture, {}), **data}
     heads = data["num_attention_heads"]
     head_dim = data.get("head_dim") or data["hidden_size"] // heads
     full, local = _ropes(data)
+    longest = max(data["max_position_embeddings"], _stretched(full))
     return ModelConfig(
         architecture=architecture,
         vocab_size=data["vocab_size"],
@@ -104,10 +143,10 @@ def _parse(data: dict[str, Any], eos: int | list[int] | None) -> ModelConfig:
         num_heads=heads,
         num_kv_heads=data.get("num_key_value_heads") or heads,
         head_dim=head_dim,
-        rms_norm_eps=data["rms_norm_eps"],
-        max_position_embeddings=data["max_position_embeddings"],
-        # transformers leaves out what equals its class's default: Gemma ties, the others do not.
-        tie_word_embeddings=data.get("tie_word_embeddings", architecture.startswith("Gemma")),
+        norm_eps=data["rms_norm_eps"],
+        max_position_embeddings=longest,
+        served_length=longest,
+        tie_word_embeddings=data.get("tie_word_embeddings", False),
         sliding=_sliding_layers(data, architecture),
         sliding_window=data.get("sliding_window"),
         rope=full,
@@ -120,6 +159,7 @@ def _parse(data: dict[str, Any], eos: int | list[int] | None) -> ModelConfig:
         final_logit_softcapping=data.get("final_logit_softcapping"),
         dtype=data.get("dtype") or data.get("torch_dtype") or "float32",
         eos_token_ids=frozenset([eos] if isinstance(eos, int) else eos or ()),
+        data=data,
     )
 
 
@@ -130,8 +170,6 @@ def _refuse_unsupported(data: dict[str, Any]) -> None:
         raise ModelError(
             f"config.json: the weights are quantised ({method}); give the unquantised checkpoint"
         )
-    if data.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ModelError("config.json: partial_rotary_factor is not supported")
     if data.get("use_bidirectional_attention"):
         raise ModelError("config.json: bidirectional attention cannot generate text")
 
@@ -139,13 +177,12 @@ def _refuse_unsupported(data: dict[str, Any]) -> None:
 def _sliding_layers(data: dict[str, Any], architecture: str) -> tuple[bool, ...]:
     """Which layers slide: named one by one, by Gemma's pattern, Qwen's upper ones, or all."""
     layers: int = data["num_hidden_layers"]
-    gemma, qwen = architecture.startswith("Gemma"), architecture.startswith("Qwen")
+    qwen = architecture.startswith("Qwen")
     if not data.get("sliding_window") or (qwen and not data.get("use_sliding_window")):
         return (False,) * layers
     if data.get("layer_types"):
         return tuple(kind == "sliding_attention" for kind in data["layer_types"])
-    if gemma:
-        every: int = data.get("sliding_window_pattern", 6)
+    if every := data.get("sliding_window_pattern"):  # every so many layers one that sees all
         return tuple(bool((i + 1) % every) for i in range(layers))
     return tuple(i >= data.get("max_window_layers", 0) for i in range(layers))
 
@@ -154,28 +191,109 @@ def _ropes(data: dict[str, Any]) -> tuple[Rope, Rope]:
     """Angles of full and of sliding layers, from the new ``rope_parameters`` or the old keys."""
     new = data.get("rope_parameters")
     if new and "full_attention" in new:
-        return _rope(new["full_attention"]), _rope(new["sliding_attention"])
+        return _rope(new["full_attention"], data), _rope(new["sliding_attention"], data)
     if new:
-        return _rope(new), _rope(new)
-    gemma = data.get("model_type") == "gemma3_text"  # its defaults were left out of old files
-    theta = data.get("rope_theta", 1_000_000.0 if gemma else 10_000.0)
-    full = _rope({"rope_theta": theta, **(data.get("rope_scaling") or {})})
-    return full, Rope(theta=data.get("rope_local_base_freq", 10_000.0)) if gemma else full
+        return (rope := _rope(new, data)), rope
+    theta = {"rope_theta": data.get("rope_theta", 10_000.0)}
+    full = _rope({**theta, **(data.get("rope_scaling") or {})}, data)
+    local = data.get("rope_local_base_freq")
+    return full, full if local is None else Rope(theta=local)
 
 
-def _rope(data: dict[str, Any]) -> Rope:
-    kind = data.get("rope_type") or data.get("type") or "default"
-    if kind == "default":
-        return Rope(theta=data["rope_theta"])
-    if kind == "linear":
-        return Rope(theta=data["rope_theta"], kind=kind, factor=data["factor"])
-    if kind == "llama3":
-        return Rope(
-            theta=data["rope_theta"],
-            kind=kind,
-            factor=data["factor"],
-            low_freq_factor=data["low_freq_factor"],
-            high_freq_factor=data["high_freq_factor"],
-            original_max_position=data["original_max_position_embeddings"],
+def _rope(rope: dict[str, Any], data: dict[str, Any]) -> Rope:
+    """``rope`` with its type's settings; config.json as a whole has those that have moved."""
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if "short_factor" in rope:  # «su» and «yarn» in Phi-3's first files
+        kind = "longrope"
+    read = _SCALED.get(kind)
+    if read is None:
+        raise ModelError(
+            f"config.json: rope_type {kind!r} is not supported (these are: {', '.join(_SCALED)})"
         )
-    raise ModelError(f"config.json: rope_type {kind!r} is not supported (default, linear, llama3)")
+    partial = rope.get("partial_rotary_factor") or data.get("partial_rotary_factor") or 1.0
+    return Rope(theta=rope["rope_theta"], partial=partial, **read(rope, data))
+
+
+def _linear(rope: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    return {"kind": "linear", "factor": rope["factor"]}
+
+
+def _dynamic(rope: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    original = data["max_position_embeddings"]
+    return {"kind": "dynamic", "factor": rope["factor"], "original_max_position": original}
+
+
+def _llama3(rope: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "kind": "llama3",
+        "factor": rope["factor"],
+        "low_freq_factor": rope["low_freq_factor"],
+        "high_freq_factor": rope["high_freq_factor"],
+        "original_max_position": _original(rope, data),
+    }
+
+
+def _yarn(rope: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """The attention factor is of section 3.4 of https://arxiv.org/abs/2309.00071."""
+    original = _original(rope, data)
+    factor = rope.get("factor") or data["max_position_embeddings"] / original
+    attention = rope.get("attention_factor")
+    if attention is None:
+        attention = _mscale(factor, 1.0)
+        over, under = rope.get("mscale"), rope.get("mscale_all_dim")
+        if over and under:  # DeepSeek's
+            attention = _mscale(factor, over) / _mscale(factor, under)
+    return {
+        "kind": "yarn",
+        "factor": factor,
+        "attention_factor": attention,
+        "original_max_position": original,
+        "beta_fast": rope.get("beta_fast") or 32.0,
+        "beta_slow": rope.get("beta_slow") or 1.0,
+        "truncate": rope.get("truncate", True),
+    }
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1.0 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def _longrope(rope: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """The attention factor is of section 3.3 of https://arxiv.org/abs/2402.13753."""
+    original = _original(rope, data)
+    factor = rope.get("factor") or data["max_position_embeddings"] / original
+    attention = rope.get("attention_factor")
+    if attention is None:
+        stretched = max(math.log(factor), 0.0)
+        attention = math.sqrt(1.0 + stretched / math.log(original))
+    return {
+        "kind": "longrope",
+        "attention_factor": attention,
+        "original_max_position": original,
+        "short_factor": tuple(rope["short_factor"]),
+        "long_factor": tuple(rope["long_factor"]),
+    }
+
+
+_SCALED = {
+    "default": lambda rope, data: {},
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "yarn": _yarn,
+    "llama3": _llama3,
+    "longrope": _longrope,
+}
+
+
+def _original(rope: dict[str, Any], data: dict[str, Any]) -> int:
+    """Phi-3's files have it beside the other settings, and it counts more there."""
+    for found in (data, rope):
+        if found.get("original_max_position_embeddings"):
+            return int(found["original_max_position_embeddings"])
+    return int(data["max_position_embeddings"])
+
+
+def _stretched(rope: Rope) -> int:
+    """The context that these types reach, whatever max_position_embeddings says."""
+    reaches = rope.kind in ("yarn", "dynamic")
+    return int(rope.original_max_position * rope.factor) if reaches else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,11 +35,12 @@ class Runner:
         self._dtype = _dtype(config.dtype, shape)
         self._threads = config.threads
         self._settle_threads()
-        with Weights(folder, self._dtype, self._device) as weights, torch.inference_mode():
-            self._model: Model = build_model(shape, weights)
         self.block_size = config.block_size
         self.num_blocks = config.num_blocks or _num_blocks(config, shape, self._dtype)
         self.max_model_len = _max_model_len(config, shape, self.num_blocks)
+        shape = replace(shape, served_length=self.max_model_len)
+        with Weights(folder, self._dtype, self._device) as weights, torch.inference_mode():
+            self._model: Model = build_model(shape, weights)
         self.vocab_size = shape.vocab_size
         self.eos_token_ids = shape.eos_token_ids
         size = (shape.num_kv_heads, self.num_blocks, self.block_size, shape.head_dim)

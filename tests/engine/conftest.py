@@ -14,7 +14,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
 SPECIALS = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
 VOCAB = 384
 
@@ -24,50 +23,84 @@ CHAT_TEMPLATE = (
 )
 
 
-def _family_config(family: str) -> Any:
-    import transformers as hf
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.5, 1.7, 2.0],
+    "long_factor": [1.0, 1.5, 2.0, 4.0, 8.0, 16.0],
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+_GEMMA = {
+    "head_dim": 32,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 
-    common: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": 64,
-        "intermediate_size": 112,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.15,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": 2,
-    }
-    llama3 = {
-        "rope_type": "llama3",
-        "rope_theta": 10_000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }
-    theta = {"rope_type": "default", "rope_theta": 10_000.0}
-    if family == "llama":
-        return hf.LlamaConfig(**common, rope_parameters=llama3)
-    if family == "mistral":
-        return hf.MistralConfig(**common, sliding_window=16, rope_parameters=theta)
-    if family == "qwen2":
-        return hf.Qwen2Config(**common, tie_word_embeddings=True, rope_parameters=theta)
-    if family == "qwen3":
-        return hf.Qwen3Config(**common, head_dim=24, rope_parameters=theta)
-    return hf.Gemma3TextConfig(
-        **common,
-        head_dim=32,
-        query_pre_attn_scalar=24,
-        sliding_window=16,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        rope_parameters={
-            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100_000.0},
-            "sliding_attention": theta,
+#: Of each family transformers' configuration class, and what differs from the common shape.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"rope_parameters": _LLAMA3}),
+    "mistral": ("MistralConfig", {"sliding_window": 16, "rope_parameters": _ROPE}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True, "rope_parameters": _YARN}),
+    "qwen3": ("Qwen3Config", {"head_dim": 24, "rope_parameters": _ROPE}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            **_GEMMA,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100_000.0},
+                "sliding_attention": _ROPE,
+            },
         },
-    )
+    ),
+    # Caps low enough to be felt.
+    "gemma2": (
+        "Gemma2Config",
+        {**_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    # Up to 512 positions the short factors; of a head's 16 dimensions 12 are rotated.
+    "phi3": (
+        "Phi3Config",
+        {
+            "sliding_window": 24,
+            "max_position_embeddings": 1024,
+            "original_max_position_embeddings": 512,
+            "rope_parameters": {**_LONGROPE, "partial_rotary_factor": 0.75},
+        },
+    ),
+}
+
+
+def _family_config(family: str) -> Any:
+    name, own = FAMILIES[family]
+    return getattr(import_module("transformers"), name)(**{**_COMMON, **own})
 
 
 def _tokenizer() -> Tokenizer:
@@ -93,7 +126,7 @@ def _tokenizer() -> Tokenizer:
 def _save(family: str, folder: Path) -> Path:
     hf: Any = import_module("transformers")  # untyped calls
     hf.utils.logging.disable_progress_bar()
-    torch.manual_seed(FAMILIES.index(family))
+    torch.manual_seed(list(FAMILIES).index(family))
     model = hf.AutoModelForCausalLM.from_config(_family_config(family)).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -113,7 +146,7 @@ def _save(family: str, folder: Path) -> Path:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """``tiny_checkpoint(family)``: a float32 folder of a random 3-layer model, made once.
 
-    Families: llama, mistral, qwen2, qwen3 (sharded), gemma3. With tokenizer.json (byte-level, 384
+    Families: those of FAMILIES; qwen3 is sharded. With tokenizer.json (byte-level, 384
     tokens, <bos> first), tokenizer_config.json and a chat template.
     """
     made: dict[str, Path] = {}

@@ -21,7 +21,9 @@ from forebay_engine.step import Row, Sampled, StepPlan
 
 Checkpoint = Callable[[str], Path]
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma2", "phi3"]
+#: Where the cut of the work matters in its own way; the others share their code.
+CUT = ["llama", "mistral", "qwen3", "gemma3", "gemma2"]
 GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -132,7 +134,7 @@ def test_greedy_answers_equal_transformers(family: str, tiny_checkpoint: Checkpo
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 8, 33])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CUT)
 def test_the_cut_of_the_work_does_not_change_answers(
     family: str, chunk: int, tiny_checkpoint: Checkpoint
 ) -> None:
@@ -143,6 +145,18 @@ def test_the_cut_of_the_work_does_not_change_answers(
         alone = [Decoding(runner, [prompt], sampling).finish(12)[0] for prompt in asked]
         # Short prompts are answered while long ones are still read: the steps are mixed.
         assert Decoding(runner, asked, sampling).finish(12, chunk) == alone
+
+
+def test_phi3_beyond_its_original_context_takes_the_long_factors(
+    tiny_checkpoint: Checkpoint,
+) -> None:
+    folder = tiny_checkpoint("phi3")
+    asked = prompts(520, 600)
+    model = reference_model(folder, torch.float32)
+    want = [greedy_answer(model, prompt, 8) for prompt in asked]
+    runner = tiny_runner(folder, num_blocks=160)
+    assert runner.max_model_len == 1024
+    assert Decoding(runner, asked, GREEDY).finish(8, chunk=200) == want
 
 
 @pytest.mark.parametrize("block_size", [1, 5, 16, 64])
@@ -203,6 +217,27 @@ def test_old_config_keys_mean_the_same(tiny_checkpoint: Checkpoint, tmp_path: Pa
     assert read_config(folder) == new
 
 
+def test_old_phi3_config_keys_mean_the_same(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    scaling = json.loads((tiny_checkpoint("phi3") / "config.json").read_text())["rope_parameters"]
+    factors = {name: scaling[name] for name in ("short_factor", "long_factor")}
+    old = {
+        "rope_theta": scaling["rope_theta"],
+        "partial_rotary_factor": scaling["partial_rotary_factor"],
+        "original_max_position_embeddings": 512,
+        "rope_scaling": {"type": "su", **factors},
+    }
+    folder = rewritten(tiny_checkpoint("phi3"), tmp_path / "old", old, ["rope_parameters"])
+    assert read_config(folder) == read_config(tiny_checkpoint("phi3"))
+
+
+def test_what_gemma_2_files_leave_out_is_known(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    left_out = ["tie_word_embeddings", "attn_logit_softcapping", "final_logit_softcapping"]
+    folder = rewritten(tiny_checkpoint("gemma2"), tmp_path / "less", {}, left_out)
+    found = read_config(folder)
+    assert found.tie_word_embeddings
+    assert (found.attn_logit_softcapping, found.final_logit_softcapping) == (50.0, 30.0)
+
+
 def test_old_gemma_config_keys_mean_the_same(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     old = {
         "rope_theta": 100_000.0,
@@ -220,10 +255,13 @@ def test_old_gemma_config_keys_mean_the_same(tiny_checkpoint: Checkpoint, tmp_pa
     ("change", "message"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel' is not supported.*Gemma3For"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope_type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "axial"}}, "rope_type 'axial'.*linear, dynamic, yarn"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1.0}},
+            "key 'factor' is missing",
+        ),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised .gptq."),
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"vocab_size": 400}, r"embed_tokens.weight has the shape \[384, 64\].*\[400, 64\]"),
         ({"num_hidden_layers": 4}, "layers.3.* is missing"),

@@ -18,9 +18,11 @@ from forebay_engine.weights import Weights
 
 #: Name in config.json's ``architectures`` -> "module:class".
 ARCHITECTURES = {
-    "Gemma3ForCausalLM": "forebay_engine.models.gemma3:Gemma3",
+    "Gemma2ForCausalLM": "forebay_engine.models.gemma:Gemma2",
+    "Gemma3ForCausalLM": "forebay_engine.models.gemma:Gemma3",
     "LlamaForCausalLM": "forebay_engine.models.llama:Llama",
     "MistralForCausalLM": "forebay_engine.models.llama:Llama",
+    "Phi3ForCausalLM": "forebay_engine.models.llama:Phi3",
     "Qwen2ForCausalLM": "forebay_engine.models.llama:Qwen2",
     "Qwen3ForCausalLM": "forebay_engine.models.llama:Qwen3",
 }

@@ -1,12 +1,14 @@
-"""The Llama family: Llama 2 and 3, Mistral, Qwen 2 and 2.5, Qwen 3.
+"""The Llama family: Llama 2 and 3, Mistral, Qwen 2 and 2.5, Qwen 3, Phi-3 and 4.
 
 Llama: https://arxiv.org/abs/2302.13971; Mistral (sliding window): https://arxiv.org/abs/2310.06825;
 Qwen 2 (biases on q, k, v): https://arxiv.org/abs/2407.10671; Qwen 3 (norms on q, k):
-https://arxiv.org/abs/2505.09388.
+https://arxiv.org/abs/2505.09388; Phi-3 (matrices stored as one, longrope):
+https://arxiv.org/abs/2404.14219.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch.nn.functional as F
@@ -14,35 +16,21 @@ from torch import Tensor
 
 import forebay_kernels as kernels
 from forebay_engine.hf_config import ModelConfig
-from forebay_engine.layers import Angles, Attention, GatedMlp, LayerCache, RmsNorm, Rotary, head
+from forebay_engine.layers import Attention, LayerCache, RmsNorm, attention, gated_mlp, head
+from forebay_engine.rotary import Angles, Rotary
 from forebay_engine.weights import Weights
+
+Mlp = Callable[[Tensor], Tensor]
 
 
 class Layer:
     """Pre-norm attention and MLP, each added to the residual stream."""
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, index: int, *, qkv_bias: bool, qk_norm: bool
+        self, attention_norm: RmsNorm, attention: Attention, mlp_norm: RmsNorm, mlp: Mlp
     ) -> None:
-        prefix = f"model.layers.{index}"
-        norm = [
-            RmsNorm(
-                weights.take(f"{prefix}.{name}.weight", config.hidden_size), config.rms_norm_eps
-            )
-            for name in ("input_layernorm", "post_attention_layernorm")
-        ]
-        self._attention_norm, self._mlp_norm = norm
-        self._attention = Attention(
-            config,
-            weights,
-            f"{prefix}.self_attn",
-            layer=index,
-            scale=config.head_dim**-0.5,
-            qkv_bias=qkv_bias or config.attention_bias,
-            out_bias=config.attention_bias,
-            qk_norm=qk_norm,
-        )
-        self._mlp = GatedMlp(config, weights, f"{prefix}.mlp")
+        self._attention_norm, self._attention = attention_norm, attention
+        self._mlp_norm, self._mlp = mlp_norm, mlp
 
     def __call__(
         self, x: Tensor, angles: Angles, cache: LayerCache, batch: kernels.PagedBatch
@@ -52,23 +40,42 @@ class Layer:
 
 
 class Llama:
-    """A Llama decoder; the others of the family differ by two flags and by config.json."""
+    """A Llama decoder; the others of the family differ by these flags and by config.json."""
 
     qkv_bias: ClassVar[bool] = False
     qk_norm: ClassVar[bool] = False
+    #: Queries, keys and values are stored as one matrix, and so are gate and up.
+    fused: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         shape = (config.vocab_size, config.hidden_size)
         self._embedding = weights.take("model.embed_tokens.weight", *shape)
-        self._rotary = Rotary(config.rope, config.head_dim, weights.device)
-        self._layers = [
-            Layer(config, weights, i, qkv_bias=self.qkv_bias, qk_norm=self.qk_norm)
-            for i in range(config.num_layers)
-        ]
-        self._norm = RmsNorm(
-            weights.take("model.norm.weight", config.hidden_size), config.rms_norm_eps
-        )
+        self._rotary = Rotary(config.rope, config, weights.device)
+        self._layers = [self._layer(config, weights, i) for i in range(config.num_layers)]
+        self._norm = _norm(config, weights, "model.norm")
         self._head = head(config, weights, self._embedding)
+
+    def _layer(self, config: ModelConfig, weights: Weights, index: int) -> Layer:
+        prefix = f"model.layers.{index}"
+        return Layer(
+            _norm(config, weights, f"{prefix}.input_layernorm"),
+            attention(
+                config,
+                weights,
+                f"{prefix}.self_attn",
+                layer=index,
+                scale=config.head_dim**-0.5,
+                qkv_bias=self.qkv_bias or config.attention_bias,
+                out_bias=config.attention_bias,
+                qk_norm=self.qk_norm,
+                fused=self.fused,
+            ),
+            _norm(config, weights, f"{prefix}.post_attention_layernorm"),
+            self._mlp(config, weights, index),
+        )
+
+    def _mlp(self, config: ModelConfig, weights: Weights, index: int) -> Mlp:
+        return gated_mlp(config, weights, f"model.layers.{index}.mlp", fused=self.fused)
 
     def forward(
         self,
@@ -87,9 +94,17 @@ class Llama:
         return self._head(hidden)
 
 
+def _norm(config: ModelConfig, weights: Weights, name: str) -> RmsNorm:
+    return RmsNorm(weights.take(f"{name}.weight", config.hidden_size), config.norm_eps)
+
+
 class Qwen2(Llama):
     qkv_bias = True
 
 
 class Qwen3(Llama):
     qk_norm = True
+
+
+class Phi3(Llama):
+    fused = True

@@ -1,10 +1,13 @@
-"""Gemma 3, text only: https://arxiv.org/abs/2503.19786.
+"""Gemma 2 and 3, text only: https://arxiv.org/abs/2408.00118, https://arxiv.org/abs/2503.19786.
 
-Norms scale by ``1 + w`` and stand before and after each part; queries and keys are normed; five
-layers in six attend within a sliding window and rotate by their own base.
+Norms scale by ``1 + w`` and stand before and after each part. Gemma 2 caps its logits and slides in
+every other layer; Gemma 3 norms queries and keys, and five layers in six slide and rotate by their
+own base.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,26 +15,27 @@ from torch import Tensor
 
 import forebay_kernels as kernels
 from forebay_engine.hf_config import ModelConfig
-from forebay_engine.layers import Angles, Attention, GatedMlp, LayerCache, RmsNorm, Rotary, head
+from forebay_engine.layers import LayerCache, RmsNorm, attention, gated_mlp, head
+from forebay_engine.rotary import Angles, Rotary
 from forebay_engine.weights import Weights
 
 
 def _norm(config: ModelConfig, weights: Weights, name: str) -> RmsNorm:
     weight = weights.take(f"{name}.weight", config.hidden_size, dtype=torch.float32)
-    return RmsNorm(weight, config.rms_norm_eps, unit_offset=True)
+    return RmsNorm(weight, config.norm_eps, unit_offset=True)
 
 
 class Layer:
     """Attention and MLP, each between two norms and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, index: int, *, qk_norm: bool) -> None:
         prefix = f"model.layers.{index}"
         self.sliding = config.sliding[index]
         self._before_attention = _norm(config, weights, f"{prefix}.input_layernorm")
         self._after_attention = _norm(config, weights, f"{prefix}.post_attention_layernorm")
         self._before_mlp = _norm(config, weights, f"{prefix}.pre_feedforward_layernorm")
         self._after_mlp = _norm(config, weights, f"{prefix}.post_feedforward_layernorm")
-        self._attention = Attention(
+        self._attention = attention(
             config,
             weights,
             f"{prefix}.self_attn",
@@ -39,10 +43,10 @@ class Layer:
             scale=config.query_pre_attn_scalar**-0.5,
             qkv_bias=config.attention_bias,
             out_bias=config.attention_bias,
-            qk_norm=True,
+            qk_norm=qk_norm,
             unit_offset=True,
         )
-        self._mlp = GatedMlp(config, weights, f"{prefix}.mlp")
+        self._mlp = gated_mlp(config, weights, f"{prefix}.mlp")
 
     def __call__(
         self, x: Tensor, angles: Angles, cache: LayerCache, batch: kernels.PagedBatch
@@ -52,20 +56,24 @@ class Layer:
         return x + self._after_mlp(self._mlp(self._before_mlp(x)))
 
 
-class Gemma3:
-    """A Gemma 3 text decoder."""
+class Gemma2:
+    """A Gemma 2 decoder; Gemma 3 differs by norms and by config.json."""
+
+    qk_norm: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         shape = (config.vocab_size, config.hidden_size)
         self._embedding = weights.take("model.embed_tokens.weight", *shape)
         # Rounded to the weights' type first: for 640 in bf16 25.25, not 25.298.
         self._embed_scale = torch.tensor(config.hidden_size**0.5).to(self._embedding)
-        self._rotary = Rotary(config.rope, config.head_dim, weights.device)
-        self._rotary_local = Rotary(config.rope_local, config.head_dim, weights.device)
-        self._layers = [Layer(config, weights, i) for i in range(config.num_layers)]
+        self._rotary = Rotary(config.rope, config, weights.device)
+        self._rotary_local = Rotary(config.rope_local, config, weights.device)
+        self._layers = [
+            Layer(config, weights, i, qk_norm=self.qk_norm) for i in range(config.num_layers)
+        ]
         self._norm = _norm(config, weights, "model.norm")
-        self._softcap = config.final_logit_softcapping
         self._head = head(config, weights, self._embedding)
+        self._softcap = config.final_logit_softcapping
 
     def forward(
         self,
@@ -85,3 +93,7 @@ class Gemma3:
         if self._softcap is None:
             return logits
         return torch.tanh(logits.float() / self._softcap) * self._softcap
+
+
+class Gemma3(Gemma2):
+    qk_norm = True
