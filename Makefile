@@ -5,10 +5,10 @@ DEMO := gemma-3-270m
 PACKAGES := gateway plugins engine_native kernels router_policies
 ARGS ?=
 
-.PHONY: help serve test check lint format docs conformance e2e bench set-up set-up-dev model clean
+.PHONY: help serve test check lint format docs conformance e2e bench bench-engine set-up set-up-dev model clean
 
 help: ## show this
-	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 serve: set-up ## serve the demo model on http://127.0.0.1:8000/v1 (ARGS=... go to forebay serve)
 	@$(BIN)/forebay serve $(ARGS)
@@ -43,6 +43,10 @@ e2e: set-up-dev model ## install real servers and clients if need be, and drive 
 bench: set-up-dev ## measure the relay beside Envoy and vllm-router
 	scripts/backends/backends.sh install envoy vllm-router
 	$(BIN)/python benchmarks/relay.py $(ARGS)
+
+bench-engine: set-up-dev model ## measure the native engine beside vLLM and llama.cpp
+	scripts/backends/backends.sh install model llamacpp vllm
+	$(BIN)/python benchmarks/engine_cpu.py $(ARGS)
 
 set-up:
 	@$(PYTHON) scripts/set_up.py
