@@ -97,6 +97,26 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "rope_theta": 1_000_000.0,
         "rope_local_base_freq": 10_000.0,
     },
+    "GPT2LMHeadModel": {"tie_word_embeddings": True, "n_inner": None},
+    "OPTForCausalLM": {"tie_word_embeddings": True, "layer_norm_eps": 1e-5},
+}
+
+#: Keys of families that are older than the usual names.
+_RENAMED = {
+    "GPT2LMHeadModel": {
+        "n_embd": "hidden_size",
+        "n_inner": "intermediate_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_positions": "max_position_embeddings",
+        "layer_norm_epsilon": "rms_norm_eps",
+        "activation_function": "hidden_act",
+    },
+    "OPTForCausalLM": {
+        "ffn_dim": "intermediate_size",
+        "layer_norm_eps": "rms_norm_eps",
+        "activation_function": "hidden_act",
+    },
 }
 
 
@@ -130,6 +150,8 @@ def _parse(data: dict[str, Any], eos: int | list[int] | None) -> ModelConfig:
     _refuse_unsupported(data)
     architecture = (data.get("architectures") or ["none"])[0]
     data = {**_DEFAULTS.get(architecture, {}), **data}
+    for old, new in _RENAMED.get(architecture, {}).items():
+        data[new] = data[old]
     heads = data["num_attention_heads"]
     head_dim = data.get("head_dim") or data["hidden_size"] // heads
     full, local = _ropes(data)
@@ -138,7 +160,7 @@ def _parse(data: dict[str, Any], eos: int | list[int] | None) -> ModelConfig:
         architecture=architecture,
         vocab_size=data["vocab_size"],
         hidden_size=data["hidden_size"],
-        intermediate_size=data["intermediate_size"],
+        intermediate_size=data["intermediate_size"] or 4 * data["hidden_size"],
         num_layers=data["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=data.get("num_key_value_heads") or heads,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import forebay_kernels as kernels
@@ -14,6 +16,9 @@ from forebay_engine.linear import Linear
 from forebay_engine.rotary import Angles
 from forebay_engine.weights import Weights
 from forebay_kernels.matrix import concatenate
+
+#: Of every token by itself: ``[tokens, n] -> [tokens, m]``.
+Part = Callable[[Tensor], Tensor]
 
 
 class RmsNorm:
@@ -25,6 +30,24 @@ class RmsNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         return kernels.rms_norm(x, self._weight, self._eps)
+
+
+class LayerNorm:
+    """Norm by mean and variance; weight and bias ``[n]`` or neither."""
+
+    def __init__(self, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+        self._weight, self._bias, self._eps = weight, bias, eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self._weight, self._bias, self._eps)
+
+
+def layer_norm(config: ModelConfig, weights: Weights, name: str) -> LayerNorm:
+    """The norm of hidden states that is stored as ``name``."""
+    weight, bias = (
+        weights.take(f"{name}.{part}", config.hidden_size) for part in ("weight", "bias")
+    )
+    return LayerNorm(weight, bias, config.norm_eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +136,49 @@ def attention(
     return Attention(config, qkv, out, layer=layer, scale=scale, norm=norm)
 
 
+class PreNormLayer:
+    """Attention and MLP, each reading a norm of the residual stream and added to it."""
+
+    def __init__(
+        self, attention_norm: Part, attention: Attention, mlp_norm: Part, mlp: Part
+    ) -> None:
+        self._attention_norm, self._attention = attention_norm, attention
+        self._mlp_norm, self._mlp = mlp_norm, mlp
+
+    def __call__(
+        self, x: Tensor, angles: Angles | None, cache: LayerCache, batch: kernels.PagedBatch
+    ) -> Tensor:
+        x = x + self._attention(self._attention_norm(x), angles, cache, batch)
+        return x + self._mlp(self._mlp_norm(x))
+
+
+class Mlp:
+    """``down(act(up(x)))``."""
+
+    def __init__(self, up: Linear, down: Linear, hidden_act: str) -> None:
+        self._up, self._down = up, down
+        self._act = _choice(hidden_act, _ACTIVATIONS)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._down(self._act(self._up(x)))
+
+
+_GELU_TANH = partial(F.gelu, approximate="tanh")
+_ACTIVATIONS: dict[str, Part] = {
+    "relu": torch.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": _GELU_TANH,
+    "gelu_pytorch_tanh": _GELU_TANH,
+}
+
+
 class GatedMlp:
     """``down(act(gate(x)) * up(x))``."""
 
     def __init__(self, gate_up: Linear, down: Linear, hidden_act: str) -> None:
         self._gate_up, self._down = gate_up, down
-        self._act = _gated_activation(hidden_act)
+        self._act = _choice(hidden_act, _GATED_ACTIVATIONS)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._down(self._act(self._gate_up(x)))
@@ -136,8 +196,13 @@ def gated_mlp(
     return GatedMlp(gate_up, down, config.hidden_act)
 
 
-def _gated_activation(name: str) -> Callable[[Tensor], Tensor]:
-    known = {"silu": kernels.silu_mul, "gelu_pytorch_tanh": kernels.gelu_tanh_mul}
+_GATED_ACTIVATIONS: dict[str, Part] = {
+    "silu": kernels.silu_mul,
+    "gelu_pytorch_tanh": kernels.gelu_tanh_mul,
+}
+
+
+def _choice(name: str, known: dict[str, Part]) -> Part:
     if name not in known:
         raise ModelError(f"config.json: hidden_act {name!r} is not one of {', '.join(known)}")
     return known[name]
@@ -151,14 +216,21 @@ def head(config: ModelConfig, weights: Weights, embedding: Tensor) -> Linear:
     return Linear(weights.tied(embedding))
 
 
-def linear(weights: Weights, name: str, out: int, into: int, *, bias: bool) -> Linear:
-    """The layer stored under ``name``, ``[out, into]``, with its bias if it has one."""
-    return merged(weights, {name: out}, into, bias=bias)
+def linear(
+    weights: Weights, name: str, out: int, into: int, *, bias: bool, transposed: bool = False
+) -> Linear:
+    """The layer stored under ``name``, ``[out, into]``, with its bias if it has one.
+
+    ``transposed``: stored as ``[into, out]``, as GPT-2's are.
+    """
+    return merged(weights, {name: out}, into, bias=bias, transposed=transposed)
 
 
-def merged(weights: Weights, parts: dict[str, int], into: int, *, bias: bool) -> Linear:
+def merged(
+    weights: Weights, parts: dict[str, int], into: int, *, bias: bool, transposed: bool = False
+) -> Linear:
     """Layers that read the same input as one: it is read once, and one call is made."""
-    each = [weights.matrix(name, out, into) for name, out in parts.items()]
+    each = [weights.matrix(n, out, into, transposed=transposed) for n, out in parts.items()]
     matrix = concatenate(each, weights.dtype)
     if not bias:
         return Linear(matrix)

@@ -70,8 +70,13 @@ class Weights:
             )
         return tensor.to(self.device, dtype or self.dtype)
 
-    def matrix(self, name: str, out: int, into: int) -> Matrix:
-        """The weight of the linear layer ``name``, ``[out, into]``, as the checkpoint holds it."""
+    def matrix(self, name: str, out: int, into: int, *, transposed: bool = False) -> Matrix:
+        """The weight of the linear layer ``name``, ``[out, into]``, as the checkpoint holds it.
+
+        ``transposed``: plain values are stored as ``[into, out]``.
+        """
+        if transposed:
+            return Dense(self.take(f"{name}.weight", into, out).T.contiguous())
         return Dense(self.take(f"{name}.weight", out, into))
 
     def tied(self, embedding: Tensor) -> Matrix:

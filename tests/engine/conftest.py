@@ -95,12 +95,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {**_LONGROPE, "partial_rotary_factor": 0.75},
         },
     ),
+    "gpt2": ("GPT2Config", {"scale_attn_by_inverse_layer_idx": True}),
+    "opt": ("OPTConfig", {"ffn_dim": 112, "hidden_size": 48}),
+    "opt-350m": (  # as its shape is: norms behind, narrow embeddings
+        "OPTConfig",
+        {"ffn_dim": 112, "do_layer_norm_before": False, "word_embed_proj_dim": 32},
+    ),
 }
 
 
 def _family_config(family: str) -> Any:
     name, own = FAMILIES[family]
-    return getattr(import_module("transformers"), name)(**{**_COMMON, **own})
+    settings = {**_COMMON, **own}
+    if name in ("GPT2Config", "OPTConfig"):
+        del settings["num_key_value_heads"]
+    if name == "OPTConfig":
+        settings["init_std"] = settings.pop("initializer_range")
+    return getattr(import_module("transformers"), name)(**settings)
 
 
 def _tokenizer() -> Tokenizer:
@@ -130,7 +141,8 @@ def _save(family: str, folder: Path) -> Path:
     model = hf.AutoModelForCausalLM.from_config(_family_config(family)).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("norm.weight", "bias")):  # both start at a constant
+            if name.endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight", "bias")):
+                # All start at a constant.
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     # One family in several files, the others in one.
     model.save_pretrained(folder, max_shard_size="100KB" if family == "qwen3" else "1GB")

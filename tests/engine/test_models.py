@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from forebay_engine.config import EngineConfig
 from forebay_engine.hf_config import ModelError, read_config
@@ -20,8 +21,10 @@ from forebay_engine.sequence import SamplingParams
 from forebay_engine.step import Row, Sampled, StepPlan
 
 Checkpoint = Callable[[str], Path]
+Tensors = dict[str, torch.Tensor]
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma2", "phi3"]
+FAMILIES += ["gpt2", "opt", "opt-350m"]
 #: Where the cut of the work matters in its own way; the others share their code.
 CUT = ["llama", "mistral", "qwen3", "gemma3", "gemma2"]
 GREEDY = SamplingParams(temperature=0.0)
@@ -196,6 +199,42 @@ def test_demo_model_answers_as_transformers_does(dtype: str, demo_model: Path) -
     assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
 
 
+def restored(source: Path, target: Path, change: Callable[[Tensors], Tensors]) -> Path:
+    """A copy of a checkpoint with its tensors changed."""
+    shutil.copytree(source, target)
+    tensors = load_file(source / "model.safetensors")
+    save_file(change(tensors), target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+def test_gpt2_as_it_was_first_stored_is_the_same(
+    tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Without the prefix, and with every layer's causal mask."""
+
+    def first(tensors: Tensors) -> Tensors:
+        bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 512, 512).tril() for i in range(3)}
+        return bare | masks | {"h.0.attn.masked_bias": torch.tensor(-1e4)}
+
+    folder = tiny_checkpoint("gpt2")
+    want = Decoding(tiny_runner(folder), prompts(9), GREEDY).finish(8)
+    first_stored = restored(folder, tmp_path / "first", first)
+    assert Decoding(tiny_runner(first_stored), prompts(9), GREEDY).finish(8) == want
+
+
+def test_float16_is_served_in_float32(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    def halved(tensors: Tensors) -> Tensors:
+        return {name: tensor.half() for name, tensor in tensors.items()}
+
+    folder = restored(tiny_checkpoint("mistral"), tmp_path / "half", halved)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    model = reference_model(folder, torch.float32)
+    want = [greedy_answer(model, prompt, 16) for prompt in prompts(9)]
+    assert Decoding(tiny_runner(folder), prompts(9), GREEDY).finish(16) == want
+
+
 def rewritten(source: Path, target: Path, change: dict[str, Any], drop: Iterable[str] = ()) -> Path:
     shutil.copytree(source, target)
     config = json.loads((source / "config.json").read_text())
@@ -254,7 +293,7 @@ def test_old_gemma_config_keys_mean_the_same(tiny_checkpoint: Checkpoint, tmp_pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel' is not supported.*Gemma3For"),
+        ({"architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM' is not supported.*Gemma3For"),
         ({"rope_parameters": {"rope_type": "axial"}}, "rope_type 'axial'.*linear, dynamic, yarn"),
         (
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 1.0}},

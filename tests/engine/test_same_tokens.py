@@ -105,7 +105,9 @@ def reference(tiny_checkpoint: Callable[[str], Path]) -> Reference:
 
 #: Every cut for two families, and for the others those in which most happens.
 CASES = [(family, cut) for family in ("llama", "gemma3") for cut in CUTS] + [
-    (family, cut) for family in ("gemma2", "phi3") for cut in ("odd pages", "preempted")
+    (family, cut)
+    for family in ("gemma2", "phi3", "gpt2", "opt")
+    for cut in ("odd pages", "preempted")
 ]
 
 

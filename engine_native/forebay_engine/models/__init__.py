@@ -18,10 +18,12 @@ from forebay_engine.weights import Weights
 
 #: Name in config.json's ``architectures`` -> "module:class".
 ARCHITECTURES = {
+    "GPT2LMHeadModel": "forebay_engine.models.gpt2:Gpt2",
     "Gemma2ForCausalLM": "forebay_engine.models.gemma:Gemma2",
     "Gemma3ForCausalLM": "forebay_engine.models.gemma:Gemma3",
     "LlamaForCausalLM": "forebay_engine.models.llama:Llama",
     "MistralForCausalLM": "forebay_engine.models.llama:Llama",
+    "OPTForCausalLM": "forebay_engine.models.opt:Opt",
     "Phi3ForCausalLM": "forebay_engine.models.llama:Phi3",
     "Qwen2ForCausalLM": "forebay_engine.models.llama:Qwen2",
     "Qwen3ForCausalLM": "forebay_engine.models.llama:Qwen3",

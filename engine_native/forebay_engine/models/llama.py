@@ -8,7 +8,6 @@ https://arxiv.org/abs/2404.14219.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch.nn.functional as F
@@ -16,27 +15,17 @@ from torch import Tensor
 
 import forebay_kernels as kernels
 from forebay_engine.hf_config import ModelConfig
-from forebay_engine.layers import Attention, LayerCache, RmsNorm, attention, gated_mlp, head
-from forebay_engine.rotary import Angles, Rotary
+from forebay_engine.layers import (
+    LayerCache,
+    Part,
+    PreNormLayer,
+    RmsNorm,
+    attention,
+    gated_mlp,
+    head,
+)
+from forebay_engine.rotary import Rotary
 from forebay_engine.weights import Weights
-
-Mlp = Callable[[Tensor], Tensor]
-
-
-class Layer:
-    """Pre-norm attention and MLP, each added to the residual stream."""
-
-    def __init__(
-        self, attention_norm: RmsNorm, attention: Attention, mlp_norm: RmsNorm, mlp: Mlp
-    ) -> None:
-        self._attention_norm, self._attention = attention_norm, attention
-        self._mlp_norm, self._mlp = mlp_norm, mlp
-
-    def __call__(
-        self, x: Tensor, angles: Angles, cache: LayerCache, batch: kernels.PagedBatch
-    ) -> Tensor:
-        x = x + self._attention(self._attention_norm(x), angles, cache, batch)
-        return x + self._mlp(self._mlp_norm(x))
 
 
 class Llama:
@@ -55,9 +44,9 @@ class Llama:
         self._norm = _norm(config, weights, "model.norm")
         self._head = head(config, weights, self._embedding)
 
-    def _layer(self, config: ModelConfig, weights: Weights, index: int) -> Layer:
+    def _layer(self, config: ModelConfig, weights: Weights, index: int) -> PreNormLayer:
         prefix = f"model.layers.{index}"
-        return Layer(
+        return PreNormLayer(
             _norm(config, weights, f"{prefix}.input_layernorm"),
             attention(
                 config,
@@ -74,7 +63,7 @@ class Llama:
             self._mlp(config, weights, index),
         )
 
-    def _mlp(self, config: ModelConfig, weights: Weights, index: int) -> Mlp:
+    def _mlp(self, config: ModelConfig, weights: Weights, index: int) -> Part:
         return gated_mlp(config, weights, f"model.layers.{index}.mlp", fused=self.fused)
 
     def forward(
