@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -23,42 +24,64 @@ class StepBatch:
     paged: PagedBatch
 
 
-def build_batch(plan: StepPlan, block_size: int, device: torch.device) -> StepBatch:
-    """Lay out the plan's tokens; ValueError where its rows contradict each other."""
+def build_batch(
+    plan: StepPlan,
+    block_size: int,
+    device: torch.device,
+    windows: Items[int | None] = (None,),
+) -> StepBatch:
+    """Lay out the plan's tokens; ValueError where its rows contradict each other.
+
+    :param windows: of the groups of layers that have block tables of their own, in their order.
+    """
     rows = plan.rows
     for row in rows:
         _check(row, block_size)
     num_decodes = next((i for i, row in enumerate(rows) if row.count != 1), len(rows))
     tokens = [token for row in rows for token in _tokens(row)]
     positions = [p for row in rows for p in range(row.start, row.start + row.count)]
-    slots = [
-        row.block_table[p // block_size] * block_size + p % block_size
-        for row in rows
-        for p in range(row.start, row.start + row.count)
-    ]
     ends = tuple(accumulate((row.count for row in rows), initial=0))
     lengths = tuple(row.start + row.count for row in rows)
-    widest = max(len(row.block_table) for row in rows)
-    tables = [list(row.block_table) + [0] * (widest - len(row.block_table)) for row in rows]
     samples = [
         place
         for row, end in zip(rows, ends[1:], strict=True)
         if row.sample
         for place in range(end - 1 - len(row.draft), end)
     ]
+    groups = [
+        PagedBatch(
+            query_starts=ends,
+            seq_lens=lengths,
+            num_decodes=num_decodes,
+            block_tables=torch.tensor(_tables(rows, group), dtype=torch.int32, device=device),
+            lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
+            slots=torch.tensor(_slots(rows, group, block_size), device=device),
+        )
+        for group in range(len(windows))
+    ]
+    groups[0].by_window.update(zip(windows[1:], groups[1:], strict=True))
     return StepBatch(
         token_ids=torch.tensor(tokens, device=device),
         positions=torch.tensor(positions, device=device),
         sample_at=torch.tensor(samples, dtype=torch.int64, device=device),
-        paged=PagedBatch(
-            query_starts=ends,
-            seq_lens=lengths,
-            num_decodes=num_decodes,
-            block_tables=torch.tensor(tables, dtype=torch.int32, device=device),
-            lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
-            slots=torch.tensor(slots, device=device),
-        ),
+        paged=groups[0],
     )
+
+
+def _tables(rows: Items[Row], group: int) -> list[list[int]]:
+    """Pages of each row, as many for each; what no token sees is page 0, and never read."""
+    tables = [row.block_tables[group] for row in rows]
+    widest = max(len(table) for table in tables)
+    return [[max(0, page) for page in t] + [0] * (widest - len(t)) for t in tables]
+
+
+def _slots(rows: Items[Row], group: int, block_size: int) -> list[int]:
+    """Where the keys and values of each of the step's tokens go."""
+    return [
+        row.block_tables[group][p // block_size] * block_size + p % block_size
+        for row in rows
+        for p in range(row.start, row.start + row.count)
+    ]
 
 
 def _tokens(row: Row) -> list[int]:
@@ -72,9 +95,11 @@ def _check(row: Row, block_size: int) -> None:
         raise ValueError(f"sequence {row.seq_id}: tokens {row.start}..{end} of {there} planned")
     if row.draft and (not row.sample or row.count <= len(row.draft)):
         raise ValueError(f"sequence {row.seq_id}: guesses do not follow its last token")
-    if end > len(row.block_table) * block_size:
-        raise ValueError(
-            f"sequence {row.seq_id}: {end} tokens do not fit its {len(row.block_table)} pages"
-        )
+    for table in row.block_tables:
+        pages = table[row.start // block_size : -(-end // block_size)]
+        if end > len(table) * block_size or min(pages) < 0:
+            raise ValueError(
+                f"sequence {row.seq_id}: {end} tokens do not fit its {len(table)} pages"
+            )
     if row.sample and end != there:
         raise ValueError(f"sequence {row.seq_id}: a sample is asked before its last token")

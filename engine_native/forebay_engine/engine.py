@@ -16,7 +16,7 @@ from hashlib import blake2b
 from itertools import count
 from typing import Protocol
 
-from forebay_engine.blocks import BlockPool
+from forebay_engine.cache import CacheGroup, KVCache
 from forebay_engine.chat import ChatTemplate
 from forebay_engine.config import EngineConfig
 from forebay_engine.detokenizer import Detokenizer, StopStrings
@@ -43,7 +43,7 @@ from forebay_engine.wire import (
 class StepRunner(Protocol):
     """The model's side of the step contract; ``execute`` blocks and is called from one thread."""
 
-    num_blocks: int
+    cache_groups: tuple[CacheGroup, ...]
     block_size: int
     max_model_len: int
     vocab_size: int
@@ -106,7 +106,7 @@ class Engine:
         self._on_end = on_end
         self.max_model_len = _context(runner, config)
         self.scheduler = Scheduler(
-            BlockPool(runner.num_blocks, runner.block_size, prefix_cache=config.prefix_cache),
+            KVCache(runner.cache_groups, runner.block_size, prefix_cache=config.prefix_cache),
             max_step_tokens=config.max_step_tokens,
             max_sequences=config.max_sequences,
             max_model_len=self.max_model_len,
@@ -126,9 +126,8 @@ class Engine:
         prompts = await asyncio.to_thread(self._encoder.encode, command)
         samplings = [self._sampling(command, prompt) for prompt in prompts]
         request = Request(command, emit, sum(map(len, prompts)), submitted)
-        for number, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
-            for index in range(number * command.n, (number + 1) * command.n):
-                self._add(request, index, prompt, sampling)
+        for prompt, sampling in zip(prompts, samplings, strict=True):
+            self._add(request, prompt, sampling)
         request.open = len(request.choices)
         emit(Accepted(command.id, request.prompt_tokens))
         self._work.set()
@@ -181,16 +180,18 @@ class Engine:
             raise
         return sampling
 
-    def _add(
-        self, request: Request, index: int, prompt: list[int], sampling: SamplingParams
-    ) -> None:
-        sampling = replace(sampling, seed=_seed(request.command.seed, index))
-        sequence = Sequence(next(self._ids), prompt, sampling)
-        self.scheduler.add(sequence, request.command.salt.encode())
-        text = Detokenizer(self._tokenizer.decode, prompt)
-        choice = Choice(request, index, sequence, text, StopStrings(sampling.stop))
-        request.choices.append(choice)
-        self._choices[sequence.id] = choice
+    def _add(self, request: Request, prompt: list[int], sampling: SamplingParams) -> None:
+        """Queue the choices of one of the request's prompts."""
+        first, command = len(request.choices), request.command
+        for index in range(first, first + command.n):
+            own = replace(sampling, seed=_seed(command.seed, index))
+            sequence = Sequence(next(self._ids), prompt, own, arrival=request.submitted)
+            text = Detokenizer(self._tokenizer.decode, prompt)
+            choice = Choice(request, index, sequence, text, StopStrings(own.stop))
+            request.choices.append(choice)
+            self._choices[sequence.id] = choice
+        sequences = [choice.sequence for choice in request.choices[first:]]
+        self.scheduler.add(*sequences, salt=command.salt.encode())
 
     def _note_admissions(self, plan: StepPlan) -> None:
         now = time.monotonic()
@@ -281,8 +282,9 @@ class Engine:
         self._on_end(request)
 
     def _check_idle(self) -> None:
-        if self.scheduler.pool.in_use:
-            raise RuntimeError(f"{self.scheduler.pool.in_use} blocks are held but nobody is there")
+        in_use = self.scheduler.cache.in_use
+        if in_use:
+            raise RuntimeError(f"{in_use} blocks are held but nobody is there")
 
 
 def durations(request: Request) -> tuple[float, float, float]:
@@ -306,10 +308,12 @@ def _context(runner: StepRunner, config: EngineConfig) -> int:
 
     :raises StartRefused: the configuration asks for more than the cache holds.
     """
-    held = runner.num_blocks * runner.block_size
+    size = runner.block_size
+    asked = config.max_model_len or runner.max_model_len
+    held = min(group.longest_sequence(asked, size) for group in runner.cache_groups)
     if config.max_model_len > held:
         raise StartRefused(
             f"max_model_len is {config.max_model_len}, but the KV cache holds {held} tokens "
-            f"({runner.num_blocks} blocks of {runner.block_size}): raise kv_cache_bytes"
+            f"({held // size} blocks of {size}): raise kv_cache_bytes"
         )
     return min(runner.max_model_len, held)

@@ -85,6 +85,7 @@ class Attention:
         self, x: Tensor, angles: Angles | None, cache: LayerCache, batch: kernels.PagedBatch
     ) -> Tensor:
         heads, kv_heads = self._heads, self._kv_heads
+        batch = batch.within(self._window)
         qkv = self._qkv(x).view(len(x), heads + 2 * kv_heads, self._head_dim)
         rotated, value = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
         if self._norm is not None:

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 import click
 
+from forebay_engine.cache import CacheGroup
 from forebay_engine.chat import ChatTemplate
 from forebay_engine.config import EngineConfig
 from forebay_engine.engine import Engine, StepRunner
@@ -113,14 +114,20 @@ async def _work(
     on_end = tracing.record if tracing is not None else lambda request: None
     engine = Engine(runner, tokenizer, template, config, on_end)
     log.info(
-        "ready after %.1f s: context %d tokens, KV cache %d blocks of %d tokens",
+        "ready after %.1f s: context %d tokens, KV cache %s blocks of %d tokens",
         time.monotonic() - begin,
         engine.max_model_len,
-        runner.num_blocks,
+        " and ".join(_named(group) for group in runner.cache_groups),
         runner.block_size,
     )
     server.open(engine, config)
     await engine.run()
+
+
+def _named(group: CacheGroup) -> str:
+    if group.window is None:
+        return str(group.num_blocks)
+    return f"{group.num_blocks} (window {group.window})"
 
 
 def _status(work: asyncio.Task[None]) -> int:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence as Items
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from forebay_engine.batch import build_batch
+from forebay_engine.cache import CacheGroup
+from forebay_engine.cache_size import cache_groups
 from forebay_engine.config import EngineConfig
 from forebay_engine.hf_config import ModelConfig, ModelError, read_config
 from forebay_engine.layers import LayerCache
@@ -36,24 +39,28 @@ class Runner:
         self._threads = config.threads
         self._settle_threads()
         self.block_size = config.block_size
-        self.num_blocks = config.num_blocks or _num_blocks(config, shape, self._dtype)
-        self.max_model_len = _max_model_len(config, shape, self.num_blocks)
+        self.cache_groups = cache_groups(config, shape, self._dtype.itemsize)
+        self.max_model_len = _max_model_len(config, shape, self.cache_groups)
         shape = replace(shape, served_length=self.max_model_len)
         with Weights(folder, self._dtype, self._device) as weights, torch.inference_mode():
             self._model: Model = build_model(shape, weights)
         self.vocab_size = shape.vocab_size
         self.eos_token_ids = shape.eos_token_ids
-        size = (shape.num_kv_heads, self.num_blocks, self.block_size, shape.head_dim)
+        self._windows = [group.window for group in self.cache_groups]
+        pages = {group.window: group.num_blocks for group in self.cache_groups}
+        sizes = [
+            (shape.num_kv_heads, pages[window], self.block_size, shape.head_dim)
+            for window in (shape.sliding_window if slides else None for slides in shape.sliding)
+        ]
         self._caches = [
-            LayerCache(*(torch.zeros(size, dtype=self._dtype) for _ in range(2)))
-            for _ in range(shape.num_layers)
+            LayerCache(*(torch.zeros(size, dtype=self._dtype) for _ in range(2))) for size in sizes
         ]
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run the plan's tokens, write their keys and values, draw a token where one is asked."""
         self._settle_threads()
         with torch.inference_mode():
-            batch = build_batch(plan, self.block_size, self._device)
+            batch = build_batch(plan, self.block_size, self._device, self._windows)
             hidden = self._model.forward(
                 batch.token_ids, batch.positions, self._caches, batch.paged
             )
@@ -94,7 +101,7 @@ class Runner:
             token_ids=(0,),
             start=0,
             count=1,
-            block_table=(0,),
+            block_tables=((0,),) * len(self._windows),
             sample=True,
             sampling=SamplingParams(temperature=0.0),
             num_prompt=1,
@@ -117,28 +124,15 @@ def _dtype(asked: str, shape: ModelConfig) -> torch.dtype:
     return _DTYPES[asked]
 
 
-def _num_blocks(config: EngineConfig, shape: ModelConfig, dtype: torch.dtype) -> int:
-    token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
-    blocks = config.kv_cache_bytes // (token_bytes * config.block_size)
-    if blocks < 1:
-        raise ModelError(
-            f"kv_cache_bytes: {config.kv_cache_bytes} hold no page of {config.block_size} tokens "
-            f"({token_bytes} bytes each); give more"
-        )
-    return blocks
-
-
-def _max_model_len(config: EngineConfig, shape: ModelConfig, num_blocks: int) -> int:
+def _max_model_len(config: EngineConfig, shape: ModelConfig, groups: Items[CacheGroup]) -> int:
     """The asked length or the model's, as far as the cache can hold one sequence of it."""
     if config.max_model_len > shape.max_position_embeddings:
         raise ModelError(
             f"max_model_len: {config.max_model_len} is more than the model's "
             f"{shape.max_position_embeddings}"
         )
-    asked, held = (
-        config.max_model_len or shape.max_position_embeddings,
-        num_blocks * config.block_size,
-    )
-    if asked > held:
-        log.info("max_model_len: %d, all that the KV cache holds, not %d", held, asked)
-    return min(asked, held)
+    asked = config.max_model_len or shape.max_position_embeddings
+    found = min(group.longest_sequence(asked, config.block_size) for group in groups)
+    if found < asked:
+        log.info("max_model_len: %d, all that the KV cache holds, not %d", found, asked)
+    return found

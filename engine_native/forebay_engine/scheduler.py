@@ -2,23 +2,33 @@
 
 A sequence has ``num_computed`` tokens in the cache and ``len(token_ids)`` tokens in all; a step
 computes some of the difference, and draws a token when none is left. Decodes (one token behind) and
-chunks of prompts so share one budget of tokens in one step. First come, first served throughout:
-the running sequences are always the oldest ones, in order of arrival; when blocks run out the
-youngest gives its own back and starts over later, so the oldest always comes to its end.
+chunks of prompts so share one budget of tokens in one step.
+
+Order is by rank: time of arrival, put off by ``PATIENCE`` seconds for each level of priority. So a
+rank never changes, and whatever arrives later than the levels between two are worth goes behind: no
+priority makes anybody wait for ever. Sequences come in by rank, and when pages run out the last in
+rank gives its own back and starts over later, so the first always comes to its end.
 
 Pure bookkeeping: no tensors, no clock, no threads. State changes only in :meth:`Scheduler.add`,
-``abort``, ``plan`` and ``apply``; between the last two, the blocks of the plan are being written.
+``abort``, ``expire``, ``plan`` and ``apply``; between the last two, the pages of the plan are being
+written.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
+from heapq import heappop, heappush
 
-from forebay_engine.blocks import BlockPool
+from forebay_engine.budget import StepBudget
+from forebay_engine.cache import Hit, KVCache, Pages
 from forebay_engine.errors import RequestRefused
 from forebay_engine.sequence import FinishReason, Sequence
 from forebay_engine.step import Row, Sampled, StepPlan, StepResult
+
+#: Seconds of waiting that a level of priority is worth.
+PATIENCE = 10.0
 
 
 @dataclass(slots=True)
@@ -28,6 +38,8 @@ class Counters:
     admitted: int = 0
     finished: int = 0
     aborted: int = 0
+    expired: int = 0
+    failed: int = 0
     preempted: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -43,13 +55,15 @@ class _Entry:
     """The scheduler's own notes on a sequence."""
 
     sequence: Sequence
-    root: bytes
-    #: Prefix hash after ``published`` full blocks.
-    digest: bytes
-    published: int = 0
+    pages: Pages
     admitted: bool = False
-    #: Aborted while a step was writing its blocks.
+    #: Ended while a step was writing its pages.
     doomed: bool = False
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        sequence = self.sequence
+        return sequence.arrival + PATIENCE * sequence.priority, sequence.id
 
     @property
     def missing(self) -> int:
@@ -61,7 +75,7 @@ class Scheduler:
 
     def __init__(
         self,
-        pool: BlockPool,
+        cache: KVCache,
         *,
         max_step_tokens: int,
         max_sequences: int,
@@ -70,16 +84,22 @@ class Scheduler:
     ) -> None:
         if max_step_tokens < 1 or max_sequences < 1:
             raise ValueError("max_step_tokens and max_sequences must be at least 1")
-        self.pool = pool
+        self.cache = cache
         self.counters = Counters()
         self._max_step_tokens = max_step_tokens
+        # A sliding window's pool may hold less than a window and a step.
+        self._chunk = min(max_step_tokens, cache.longest_chunk(max_model_len))
+        if self._chunk < 1:
+            raise ValueError(f"the cache is too small for a context of {max_model_len} tokens")
         # Each running sequence gets a token a step, or late ones would starve.
         self._max_sequences = min(max_sequences, max_step_tokens)
         self._max_model_len = max_model_len
         self._eos = eos_token_ids
         self._entries: dict[int, _Entry] = {}
+        #: Both by rank.
         self._running: list[_Entry] = []
-        self._waiting: deque[_Entry] = deque()
+        self._waiting: list[_Entry] = []
+        self._deadlines: list[tuple[float, int]] = []
         self._in_flight: dict[int, Row] | None = None
 
     @property
@@ -91,20 +111,26 @@ class Scheduler:
         return len(self._waiting)
 
     @property
-    def kv_usage(self) -> float:
-        """Share of the blocks that sequences hold, 0 to 1."""
-        return self.pool.in_use / self.pool.num_blocks
+    def fragmentation(self) -> float:
+        """Share of the slots in held pages that hold no token yet, 0 to 1."""
+        held = self.cache.in_use * self.cache.block_size
+        unfilled = sum(self.cache.unfilled(e.pages, e.sequence.num_computed) for e in self._running)
+        return unfilled / held if held else 0.0
 
-    def add(self, sequence: Sequence, salt: bytes = b"") -> None:
-        """Queue a sequence.
+    def add(self, *choices: Sequence, salt: bytes = b"") -> None:
+        """Queue the choices of one prompt; they share its full pages.
 
-        :raises RequestRefused: it could never run to its end.
+        :raises RequestRefused: they could never run to their end.
         """
-        self.refuse_impossible(len(sequence.prompt_ids), sequence.sampling.max_tokens)
-        root = self.pool.root(salt)
-        entry = _Entry(sequence, root, root)
-        self._entries[sequence.id] = entry
-        self._waiting.append(entry)
+        for sequence in choices:
+            self.refuse_impossible(len(sequence.prompt_ids), sequence.sampling.max_tokens)
+        root = self.cache.root(salt)
+        for sequence in choices:
+            entry = _Entry(sequence, self.cache.open(root))
+            self._entries[sequence.id] = entry
+            insort(self._waiting, entry, key=_rank)
+            if sequence.deadline is not None:
+                heappush(self._deadlines, (sequence.deadline, sequence.id))
 
     def refuse_impossible(self, prompt: int, max_tokens: int) -> None:
         """Refuse what could not be served even with the whole cache to itself."""
@@ -120,17 +146,18 @@ class Scheduler:
                 "prompt" if prompt >= self._max_model_len else "max_tokens",
             )
         # The last token is drawn but never computed.
-        blocks = self.pool.blocks_for(total - 1)
-        if blocks > self.pool.num_blocks:
+        lacking = self.cache.lacking(total - 1, self._chunk)
+        if lacking is not None:
+            needed, there = lacking
             raise RequestRefused(
-                f"{prompt} prompt tokens and {max_tokens} max_tokens need {blocks} blocks of "
-                f"{self.pool.block_size} tokens, but the KV cache has {self.pool.num_blocks}: "
+                f"{prompt} prompt tokens and {max_tokens} max_tokens need {needed} blocks of "
+                f"{self.cache.block_size} tokens, but the KV cache has {there}: "
                 "shorten the request, or start the engine with a larger kv_cache_bytes",
                 "max_tokens",
             )
 
     def abort(self, sequence_id: int, reason: FinishReason = FinishReason.ABORT) -> None:
-        """Forget a sequence and free its blocks, after the running step if that writes them.
+        """Forget a sequence and free its pages, after the running step if that writes them.
 
         ``reason`` is another one where the caller found the answer's end, as at a stop string.
         Unknown and finished sequences are none of its business.
@@ -139,14 +166,21 @@ class Scheduler:
         if entry is None or entry.doomed:
             return
         entry.sequence.finish_reason = reason
-        if reason is FinishReason.ABORT:
-            self.counters.aborted += 1
-        else:
-            self.counters.finished += 1
+        self._count_end(reason)
         if self._in_flight is not None and sequence_id in self._in_flight:
             entry.doomed = True
         else:
             self._forget(entry)
+
+    def expire(self, now: float) -> list[Sequence]:
+        """End the sequences whose deadline has passed."""
+        expired = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            entry = self._entries.get(heappop(self._deadlines)[1])
+            if entry is not None and not entry.doomed:
+                self.abort(entry.sequence.id, FinishReason.DEADLINE)
+                expired.append(entry.sequence)
+        return expired
 
     def plan(self) -> StepPlan | None:
         """The next step; None when there is nothing to do.
@@ -155,29 +189,39 @@ class Scheduler:
         """
         if self._in_flight is not None:
             raise RuntimeError("a step is in flight: apply its result first")
-        rows, preempted = self._plan_running()
-        if not preempted:
-            self._plan_waiting(rows)
-        if not rows:
+        step = StepBudget(self._max_step_tokens)
+        self._plan_running(step)
+        if not step.preempted:
+            self._plan_waiting(step)
+        self._fill(step)
+        if not step.counts:
             if self._entries:
                 raise RuntimeError(f"stalled with {self.running} running, {self.waiting} waiting")
             return None
-        self._in_flight = rows
+        rows = [self._row(self._entries[id], count) for id, count in step.counts.items()]
+        self._in_flight = {row.seq_id: row for row in rows}
         self.counters.steps += 1
-        return StepPlan(tuple(sorted(rows.values(), key=lambda row: row.count > 1)))
+        return StepPlan(tuple(sorted(rows, key=lambda row: row.count > 1)))
 
-    def apply(self, result: StepResult) -> list[tuple[Sequence, list[Sampled]]]:
+    def apply(
+        self, result: StepResult, failed: Collection[int] = ()
+    ) -> list[tuple[Sequence, list[Sampled]]]:
         """Take a step's result; the sequences that got tokens, with ``finish_reason`` if it ended.
+
+        The rows of ``failed`` sequences, which are no part of the result, end here.
 
         :raises RuntimeError: the result does not belong to the step in flight.
         """
         if self._in_flight is None:
             raise RuntimeError("no step is in flight")
-        rows = self._in_flight
-        sampled = _by_sequence(result, [row for row in rows.values() if row.sample])
+        rows = [row for row in self._in_flight.values() if row.seq_id not in failed]
+        sampled = result.of([row for row in rows if row.sample])
+        for id in failed:
+            self.abort(id, FinishReason.ERROR)
+            self._forget(self._entries[id])
         self._in_flight = None
         progress = []
-        for row in rows.values():
+        for row in rows:
             entry = self._entries[row.seq_id]
             self.counters.computed_tokens += row.count
             if entry.doomed:
@@ -187,105 +231,112 @@ class Scheduler:
             if row.sample:
                 taken = self._append(entry, sampled[row.seq_id])
                 progress.append((entry.sequence, taken))
-            self._publish(entry)
+            self.cache.advance(entry.pages, entry.sequence.token_ids, entry.sequence.num_computed)
             if entry.sequence.finish_reason is not None:
                 self._forget(entry)
         return progress
 
     def check(self) -> None:
-        """Raise AssertionError unless the books of scheduler and pool agree."""
-        self.pool.check([entry.sequence.block_table for entry in self._entries.values()])
-        if any(entry.sequence.block_table for entry in self._waiting):
-            raise AssertionError("a waiting sequence holds blocks")
-        if [*self._running, *self._waiting] != list(self._entries.values()):
-            raise AssertionError("running and waiting sequences are not in order of arrival")
+        """Raise AssertionError unless the books of scheduler and cache agree."""
+        self.cache.check([entry.pages for entry in self._entries.values()])
+        if any(any(entry.pages.tables) for entry in self._waiting):
+            raise AssertionError("a waiting sequence holds pages")
+        for entries in (self._running, self._waiting):
+            if entries != sorted(entries, key=_rank):
+                raise AssertionError("running or waiting sequences are not in order of rank")
+        if {id(entry) for entry in [*self._running, *self._waiting]} != {
+            id(entry) for entry in self._entries.values()
+        }:
+            raise AssertionError("a sequence is neither running nor waiting")
 
-    def _plan_running(self) -> tuple[dict[int, Row], bool]:
-        """Rows for the running sequences, decodes before prompts, each oldest first."""
-        rows: dict[int, Row] = {}
-        budget = self._max_step_tokens
-        preempted: set[int] = set()
-        for entry in sorted(self._running, key=lambda entry: entry.missing > 1):
-            count = min(entry.missing, budget)
-            while entry.sequence.id not in preempted and not self._reserve(entry, count):
-                victim = self._preempt_youngest().sequence.id
-                preempted.add(victim)
-                if victim in rows:
-                    budget += rows.pop(victim).count
-            if count and entry.sequence.id not in preempted:
-                rows[entry.sequence.id] = self._row(entry, count)
-                budget -= count
-        return rows, bool(preempted)
+    def _plan_running(self, step: StepBudget) -> None:
+        """Tokens for the running sequences, decodes before prompts, each by rank."""
+        decodes = [entry for entry in self._running if entry.missing == 1]
+        prompts = [entry for entry in self._running if entry.missing > 1]
+        for entry in decodes:
+            self._run(entry, step)
+        step.keep_for_short()
+        for entry in prompts:
+            self._run(entry, step)
 
-    def _plan_waiting(self, rows: dict[int, Row]) -> None:
-        budget = self._max_step_tokens - sum(row.count for row in rows.values())
-        while self._waiting and budget and self.running < self._max_sequences:
-            entry = self._waiting[0]
-            if not self._admit(entry):
+    def _run(self, entry: _Entry, step: StepBudget) -> None:
+        """Give a running sequence its share of the step; the last in rank give way to it."""
+        if entry.sequence.id in step.preempted:
+            return
+        count = min(step.share(entry.missing), self._chunk)
+        while not self._reserve(entry, count):
+            victim = self._preempt_last()
+            step.preempt(victim.sequence.id)
+            if victim is entry:
                 return
-            self._running.append(self._waiting.popleft())
-            count = min(entry.missing, budget)
-            rows[entry.sequence.id] = self._row(entry, count)
-            budget -= count
+        step.take(entry.sequence.id, count, entry.missing)
 
-    def _admit(self, entry: _Entry) -> bool:
-        """Give a waiting sequence the blocks of all its tokens, cached ones where there are any."""
+    def _plan_waiting(self, step: StepBudget) -> None:
+        """Let sequences in by rank, as long as there are tokens, places and pages."""
+        for entry in self._waiting[: self._max_sequences]:
+            if not step.left or self.running >= self._max_sequences:
+                return
+            sequence = entry.sequence
+            # The last token is always computed: its logits are what the step is for.
+            hit = self.cache.match(entry.pages, sequence.token_ids[:-1])
+            if self._computed_soon(entry, len(hit[0])):
+                continue
+            others = [(e.pages, len(e.sequence.token_ids)) for e in self._running]
+            if not self.cache.admits(hit, len(sequence.token_ids), self._chunk, others):
+                return
+            self._admit(entry, hit)
+            self._run(entry, step)
+
+    def _admit(self, entry: _Entry, hit: Hit) -> None:
         sequence = entry.sequence
-        # The last token is always computed: its logits are what the step is for.
-        reusable = len(sequence.token_ids) - 1
-        cached, digest = self.pool.match(sequence.token_ids[:reusable], entry.root)
-        if self._computed_soon(entry, (len(cached) + 1) * self.pool.block_size):
-            return False
-        fresh = self.pool.blocks_for(len(sequence.token_ids)) - len(cached)
-        # One block each is left to those who run, or they would soon preempt what is admitted now.
-        if fresh + self.pool.idle(cached) + self.running > self.pool.available:
-            return False
-        self.pool.hold(cached)
-        sequence.block_table[:] = cached
-        sequence.num_computed = len(cached) * self.pool.block_size
-        entry.published, entry.digest = len(cached), digest
-        if not self._reserve(entry, entry.missing):
-            raise RuntimeError("the pool has fewer blocks than it said are available")
+        self.cache.enter(entry.pages, hit)
+        sequence.num_computed = len(hit[0]) * self.cache.block_size
+        self._waiting.remove(entry)
+        insort(self._running, entry, key=_rank)
         if not entry.admitted:
             entry.admitted = True
             sequence.num_cached = sequence.num_computed
             self.counters.admitted += 1
             self.counters.prompt_tokens += len(sequence.prompt_ids)
             self.counters.cached_tokens += sequence.num_cached
-        return True
 
-    def _computed_soon(self, entry: _Entry, end: int) -> bool:
-        """Whether a running prompt with the same tokens up to ``end`` has yet to compute the last.
+    def _computed_soon(self, entry: _Entry, page: int) -> bool:
+        """Whether a running prompt with the same tokens has yet to compute this page of them.
 
-        Then it pays to wait: choices of one prompt, and requests that arrive together, so compute
-        what they share once. They lose little, as older prompts go first in any case.
+        Then it pays to wait, and to be passed over meanwhile: choices of one prompt, and requests
+        that arrive together, so compute what they share once.
         """
+        end = (page + 1) * self.cache.block_size
         tokens = entry.sequence.token_ids
-        if not self.pool.prefix_cache or end >= len(tokens):
+        if end >= len(tokens):
             return False
+        content = self.cache.content(entry.pages, tokens, page)
         return any(
             other.missing > 1
-            and other.root == entry.root
+            and other.pages.root == entry.pages.root
             and other.sequence.num_computed < end <= len(other.sequence.token_ids)
-            and other.sequence.token_ids[:end] == tokens[:end]
+            and self.cache.content(other.pages, other.sequence.token_ids, page) == content
             for other in self._running
         )
 
-    def _reserve(self, entry: _Entry, count: int) -> bool:
-        """Blocks up to the row's end."""
-        sequence = entry.sequence
-        needed = self.pool.blocks_for(sequence.num_computed + count) - len(sequence.block_table)
-        if needed <= 0:
-            return True
-        taken = self.pool.allocate(needed)
-        sequence.block_table.extend(taken or ())
-        return taken is not None
+    def _fill(self, step: StepBudget) -> None:
+        """What nobody else wanted goes to the longer prompts, the first in rank first."""
+        step.free_for_all()
+        for entry in self._running:
+            have = step.counts.get(entry.sequence.id, 0)
+            more = step.share(min(entry.missing, self._chunk) - have)
+            if more > 0 and self._reserve(entry, have + more):
+                step.take(entry.sequence.id, more, more)
 
-    def _preempt_youngest(self) -> _Entry:
+    def _reserve(self, entry: _Entry, count: int) -> bool:
+        """Pages up to the row's end."""
+        return self.cache.reserve(entry.pages, entry.sequence.num_computed + count)
+
+    def _preempt_last(self) -> _Entry:
         victim = self._running.pop()
-        self.pool.release(victim.sequence.block_table)
+        self.cache.release(victim.pages)
         victim.sequence.num_computed = 0
-        self._waiting.appendleft(victim)
+        insort(self._waiting, victim, key=_rank)
         self.counters.preempted += 1
         return victim
 
@@ -296,19 +347,11 @@ class Scheduler:
             token_ids=sequence.token_ids,
             start=sequence.num_computed,
             count=count,
-            block_table=sequence.block_table,
+            block_tables=entry.pages.tables,
             sample=count == entry.missing,
             sampling=sequence.sampling,
             num_prompt=len(sequence.prompt_ids),
         )
-
-    def _publish(self, entry: _Entry) -> None:
-        """Offer the blocks that are full now for reuse."""
-        sequence, size = entry.sequence, self.pool.block_size
-        for index in range(entry.published, sequence.num_computed // size):
-            tokens = sequence.token_ids[index * size : (index + 1) * size]
-            entry.digest = self.pool.publish(sequence.block_table[index], entry.digest, tokens)
-            entry.published = index + 1
 
     def _append(self, entry: _Entry, drawn: list[Sampled]) -> list[Sampled]:
         """Add what was drawn, up to the answer's end; all but the last are computed as well."""
@@ -321,7 +364,7 @@ class Scheduler:
             elif sequence.num_output >= sequence.sampling.max_tokens:
                 sequence.finish_reason = FinishReason.LENGTH
             if sequence.finish_reason is not None:
-                self.counters.finished += 1
+                self._count_end(sequence.finish_reason)
                 return drawn[: number + 1]
         return drawn
 
@@ -333,27 +376,22 @@ class Scheduler:
             return True
         return token_id in self._eos and not sampling.ignore_eos
 
+    def _count_end(self, reason: FinishReason) -> None:
+        match reason:
+            case FinishReason.ABORT:
+                self.counters.aborted += 1
+            case FinishReason.DEADLINE:
+                self.counters.expired += 1
+            case FinishReason.ERROR:
+                self.counters.failed += 1
+            case _:
+                self.counters.finished += 1
+
     def _forget(self, entry: _Entry) -> None:
         del self._entries[entry.sequence.id]
-        where: list[_Entry] | deque[_Entry] = self._running
-        if entry not in where:
-            where = self._waiting
-        where.remove(entry)
-        self.pool.release(entry.sequence.block_table)
+        (self._running if entry in self._running else self._waiting).remove(entry)
+        self.cache.release(entry.pages)
 
 
-def _by_sequence(result: StepResult, rows: list[Row]) -> dict[int, list[Sampled]]:
-    """What was drawn for each row.
-
-    :raises RuntimeError: not what the rows asked for.
-    """
-    found: dict[int, list[Sampled]] = {}
-    for item in result.sampled:
-        found.setdefault(item.seq_id, []).append(item)
-    if found.keys() != {row.seq_id for row in rows}:
-        raise RuntimeError("the result's sequences are not those that the plan sampled")
-    for row in rows:
-        drawn = [item.token_id for item in found[row.seq_id]]
-        if drawn[:-1] != list(row.draft[: len(drawn) - 1]):
-            raise RuntimeError(f"sequence {row.seq_id}: {drawn} do not follow from {row.draft}")
-    return found
+def _rank(entry: _Entry) -> tuple[float, int]:
+    return entry.rank

@@ -10,6 +10,10 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    #: Its time was over.
+    DEADLINE = "deadline"
+    #: The step could not be executed.
+    ERROR = "error"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,19 +43,23 @@ class SamplingParams:
 
 @dataclass(slots=True)
 class Sequence:
-    """One choice of one request: its tokens, how far they are computed, and where their KV lies."""
+    """One choice of one request: its tokens, and how far they are computed."""
 
     id: int
     prompt_ids: list[int]
     sampling: SamplingParams
+    #: Smaller ones run earlier.
+    priority: int = 0
+    #: Seconds, as the deadline, on one clock for all sequences.
+    arrival: float = 0.0
+    #: When it ends at the latest; None: whenever it is done.
+    deadline: float | None = None
     #: Prompt and answer.
     token_ids: list[int] = field(init=False)
     #: Tokens whose keys and values are in the cache; token ``num_computed`` is the next to run.
     num_computed: int = 0
     #: Prompt tokens found in the prefix cache at first admission.
     num_cached: int = 0
-    #: Physical pages, in order of position.
-    block_table: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:

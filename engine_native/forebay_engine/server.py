@@ -81,7 +81,7 @@ class Server:
             max_sequences=config.max_sequences,
             running=scheduler.running,
             waiting=scheduler.waiting,
-            kv_usage=scheduler.kv_usage,
+            kv_usage=scheduler.cache.usage,
             counters=scheduler.counters.as_dict(),
         )
 

@@ -39,8 +39,9 @@ class Row:
     token_ids: Items[int]
     start: int
     count: int
-    #: Pages of positions ``0 .. start + count``; page ``p // block_size`` holds position ``p``.
-    block_table: Items[int]
+    #: Of each group of layers, pages of positions ``0 .. start + count``; the one at
+    #: ``p // block_size`` holds position ``p``, and is negative where no token of the step sees it.
+    block_tables: tuple[Items[int], ...]
     #: Draw the next token from the last position's logits; false in the middle of a prompt.
     sample: bool
     sampling: SamplingParams
@@ -81,3 +82,19 @@ class StepResult:
     """For each row with ``sample``, in the plan's order: the guesses that came true, one more."""
 
     sampled: tuple[Sampled, ...]
+
+    def of(self, rows: Items[Row]) -> dict[int, list[Sampled]]:
+        """What was drawn for each of the rows that wanted a sample, by ``seq_id``.
+
+        :raises RuntimeError: not what the rows asked for.
+        """
+        found: dict[int, list[Sampled]] = {}
+        for item in self.sampled:
+            found.setdefault(item.seq_id, []).append(item)
+        if found.keys() != {row.seq_id for row in rows}:
+            raise RuntimeError("the result's sequences are not those that the plan sampled")
+        for row in rows:
+            drawn = [item.token_id for item in found[row.seq_id]]
+            if drawn[:-1] != list(row.draft[: len(drawn) - 1]):
+                raise RuntimeError(f"sequence {row.seq_id}: {drawn} do not follow {row.draft}")
+        return found

@@ -29,6 +29,8 @@ class PagedBatch:
     lengths: Tensor  # [rows] int32
     #: Cache slot (page * block_size + offset) of each token; negative: do not store it.
     slots: Tensor  # [tokens] int64
+    #: Layers with a window may have pages of their own: where the step's tokens lie there.
+    by_window: dict[int | None, PagedBatch] = field(default_factory=dict, repr=False)
     #: What an implementation worked out for this step and reuses in the next layers.
     memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -43,3 +45,7 @@ class PagedBatch:
     def query_len(self, row: int) -> int:
         """Tokens that a row runs in this step."""
         return self.query_starts[row + 1] - self.query_starts[row]
+
+    def within(self, window: int | None) -> PagedBatch:
+        """The batch as layers with this window have it."""
+        return self.by_window.get(window, self)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from forebay_engine.cache import CacheGroup
 from forebay_engine.chat import ChatTemplate
 from forebay_engine.config import EngineConfig
 from forebay_engine.engine import Engine, Request
@@ -35,7 +36,7 @@ class Playback:
     eos_token_ids = frozenset({EOS})
 
     def __init__(self, text: str, num_blocks: int = 64) -> None:
-        self.num_blocks = num_blocks
+        self.cache_groups = (CacheGroup(num_blocks),)
         self.tokens = TOKENIZER.encode(text, special=False)
         self.seeds: list[int] = []
         #: Cleared by a test that wants a step to last.
@@ -67,7 +68,7 @@ async def serving(
     try:
         yield engine
         engine.scheduler.check()
-        assert engine.scheduler.pool.in_use == 0
+        assert engine.scheduler.cache.in_use == 0
         assert not task.done(), task.exception()
     finally:
         runner.go.set()
@@ -266,9 +267,9 @@ async def test_an_abort_stops_all_choices_and_events_at_once() -> None:
         # The step is running now: its blocks stay until it ends.
         engine.abort(request)
         engine.abort(request)
-        assert engine.scheduler.pool.in_use > 0
+        assert engine.scheduler.cache.in_use > 0
         runner.go.set()
-        while engine.scheduler.pool.in_use:
+        while engine.scheduler.cache.in_use:
             await asyncio.sleep(0.001)
         assert [type(event) for event in events] == [Accepted]
         assert ended == [request]
@@ -336,6 +337,6 @@ async def test_a_storm_of_requests_and_aborts_leaves_nothing_behind() -> None:
         assert 100 < sum(stayed) < 300
         assert counters.preempted > 0
         assert counters.finished + counters.aborted == sum(len(r.choices) for r in ended)
-        while engine.scheduler.pool.in_use:
+        while engine.scheduler.cache.in_use:
             await asyncio.sleep(0.001)
         assert engine.scheduler.running == engine.scheduler.waiting == 0

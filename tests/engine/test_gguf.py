@@ -39,7 +39,7 @@ def test_config_says_what_the_file_says(tiny_gguf: Path, tmp_path: Path) -> None
     assert (config.num_heads, config.num_kv_heads, config.intermediate_size) == (4, 2, 96)
     assert config.sliding == (True, True, True, True, True, False, True)
     assert (config.rope.theta, config.rope_local.theta) == (1_000_000.0, 10_000.0)
-    assert config.rms_norm_eps == 1e-6
+    assert config.norm_eps == 1e-6
     assert config.tie_word_embeddings
     # The end of a turn is an end too, though the file names the end of the text alone.
     assert config.eos_token_ids == {1, 5}
@@ -70,7 +70,8 @@ def test_the_folder_is_served(tiny_gguf: Path, tmp_path: Path) -> None:
     convert(tiny_gguf, tmp_path, ignore)
     runner = Runner(EngineConfig(model=str(tmp_path), num_blocks=4, block_size=8, threads=1))
     prompt = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("a b").ids
-    row = Row(0, prompt, 0, len(prompt), (0,), True, SamplingParams(temperature=0), len(prompt))
+    tables = ((0,),) * len(runner.cache_groups)
+    row = Row(0, prompt, 0, len(prompt), tables, True, SamplingParams(temperature=0), len(prompt))
     assert 0 <= runner.execute(StepPlan((row,))).sampled[0].token_id < runner.vocab_size
 
 

@@ -39,9 +39,9 @@ class Decoding:
         self.tokens = [list(prompt) for prompt in prompts]
         self.done = [0] * len(prompts)
         self.sampling = sampling
-        pages = list(range(runner.num_blocks))
+        pages = list(range(runner.cache_groups[0].num_blocks))
         random.Random(7).shuffle(pages)
-        share = runner.num_blocks // len(prompts)
+        share = len(pages) // len(prompts)
         self.pages = [pages[i * share : (i + 1) * share] for i in range(len(prompts))]
 
     def step(self, counts: dict[int, int]) -> dict[int, Sampled]:
@@ -59,12 +59,13 @@ class Decoding:
 
     def _row(self, i: int, count: int) -> Row:
         end = self.done[i] + count
+        table = self.pages[i][: -(-end // self.runner.block_size)]
         return Row(
             seq_id=i,
             token_ids=self.tokens[i],
             start=self.done[i],
             count=count,
-            block_table=self.pages[i][: -(-end // self.runner.block_size)],
+            block_tables=(table,) * len(self.runner.cache_groups),
             sample=end == len(self.tokens[i]),
             sampling=self.sampling,
             num_prompt=len(self.prompts[i]),
@@ -81,8 +82,8 @@ class Decoding:
 
 
 def tiny_runner(folder: Path, **settings: Any) -> Runner:
-    config: dict[str, Any] = {"num_blocks": 64, "block_size": 8, "threads": 1, **settings}
-    return Runner(EngineConfig(model=str(folder), **config))
+    config: dict[str, Any] = {"num_blocks": 64, "block_size": 8, "max_model_len": 512, "threads": 1}
+    return Runner(EngineConfig(model=str(folder), **{**config, **settings}))
 
 
 def prompts(*lengths: int) -> list[list[int]]:
@@ -157,7 +158,7 @@ def test_phi3_beyond_its_original_context_takes_the_long_factors(
     asked = prompts(520, 600)
     model = reference_model(folder, torch.float32)
     want = [greedy_answer(model, prompt, 8) for prompt in asked]
-    runner = tiny_runner(folder, num_blocks=160)
+    runner = tiny_runner(folder, num_blocks=160, max_model_len=1024)
     assert runner.max_model_len == 1024
     assert Decoding(runner, asked, GREEDY).finish(8, chunk=200) == want
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from forebay_engine.batch import build_batch
+from forebay_engine.cache import CacheGroup
 from forebay_engine.config import EngineConfig
 from forebay_engine.hf_config import ModelError
 from forebay_engine.runner import Runner
@@ -32,7 +33,7 @@ def planned(seq_id: int, tokens: list[int], start: int, pages: list[int], sample
         token_ids=tokens,
         start=start,
         count=len(tokens) - start if sample else 2,
-        block_table=pages,
+        block_tables=(pages,),
         sample=sample,
         sampling=SamplingParams(temperature=0.0),
         num_prompt=len(tokens),
@@ -45,7 +46,7 @@ def runner(tiny_checkpoint: Checkpoint) -> Runner:
 
 
 def test_it_says_what_the_engine_needs(runner: Runner) -> None:
-    assert runner.num_blocks == 8
+    assert runner.cache_groups == (CacheGroup(8),)
     assert runner.block_size == 32
     assert runner.vocab_size == 384
     assert runner.eos_token_ids == {1}
@@ -68,7 +69,7 @@ def test_pages_fill_the_bytes_that_are_given(
     config = EngineConfig(
         model=str(tiny_checkpoint(family)), kv_cache_bytes=token_bytes * 32 * 5 + 100
     )
-    assert Runner(config).num_blocks == 5
+    assert {group.num_blocks for group in Runner(config).cache_groups} == {5}
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_guesses_that_hang_in_the_air_are_refused() -> None:
 
 
 def test_a_sample_before_the_last_token_is_refused() -> None:
-    early = Row(3, [1, 2, 3], 0, 2, (0,), True, SamplingParams(), 3)
+    early = Row(3, [1, 2, 3], 0, 2, ((0,),), True, SamplingParams(), 3)
     with pytest.raises(ValueError, match="a sample is asked before its last token"):
         build_batch(StepPlan((early,)), 4, CPU)
 

@@ -48,7 +48,7 @@ async def answers(
     stepping.cancel()
     await asyncio.gather(stepping, return_exceptions=True)
     engine.scheduler.check()
-    assert engine.scheduler.pool.in_use == 0
+    assert engine.scheduler.cache.in_use == 0
     return first, engine
 
 

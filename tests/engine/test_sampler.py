@@ -29,7 +29,7 @@ def row(tokens: list[int] | None = None, num_prompt: int = 1, **params: Any) -> 
         token_ids=tokens,
         start=len(tokens) - 1,
         count=1,
-        block_table=(0,),
+        block_tables=((0,),),
         sample=True,
         sampling=SamplingParams(**params),
         num_prompt=num_prompt,

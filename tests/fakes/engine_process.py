@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 
+from forebay_engine.cache import CacheGroup
 from forebay_engine.config import EngineConfig
 from forebay_engine.process import main
 from forebay_engine.step import Row, Sampled, StepPlan, StepResult
@@ -25,7 +26,7 @@ class EchoRunner:
 
     def __init__(self, config: EngineConfig) -> None:
         self.block_size = config.block_size
-        self.num_blocks = config.num_blocks or 64
+        self.cache_groups = (CacheGroup(config.num_blocks or 64),)
         self.max_model_len = config.max_model_len or self.max_model_len
         self.mode = os.environ.get("FAKE_ENGINE", "")
         self.drawn = 0
