@@ -124,8 +124,8 @@ class Backend:
         if request.needs_multimodal and not able.multimodal:
             part = request.media if isinstance(request, GenerateRequest) else ""
             return f"takes text only, and no part of type {part!r}"
-        if request.extra and not able.extra_fields:
-            return f"does not know the field {request.extra[0]!r}"
+        if (unknown := _unknown(request, able)) is not None:
+            return f"does not know the field {unknown!r}"
         if 0 < able.max_choices < request.choices // max(1, len(request.prompts)):
             return f"gives at most {able.max_choices} choices of a prompt"
         return self._unproven(request, able)
@@ -141,6 +141,14 @@ class Backend:
             if question in findings and findings[question].verdict == "fails":
                 return f"was found not to {words}"
         return BEING_EXAMINED if any(need[0] in pending for need in needed) else None
+
+
+def _unknown(request: Request, able: Capabilities) -> str | None:
+    """The first of the request's fields that it does not take."""
+    if able.extra_fields:
+        return None
+    known = able.fields if isinstance(request, GenerateRequest) else ()
+    return next((field for field in request.extra if field not in known), None)
 
 
 def _needed(request: Request, able: Capabilities) -> Iterator[tuple[Question, bool, str]]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, Literal
-
-import msgspec
+from typing import Literal
 
 from forebay.api import (
     Adapter,
@@ -16,7 +14,6 @@ from forebay.api import (
     Attempt,
     BackendBusy,
     BackendFailed,
-    BackendLacks,
     BackendRefused,
     BackendSettings,
     Capabilities,
@@ -29,10 +26,8 @@ from forebay.api import (
     FinishReason,
     GenerateRequest,
     Load,
-    Message,
     Operation,
     Result,
-    Sampling,
     Started,
     StreamTruncated,
     Text,
@@ -53,17 +48,13 @@ from forebay_engine.client import (
     EngineDied,
     EngineError,
     EngineUnavailable,
-    Generate,
     Output,
     RequestRefused,
-    SamplingParams,
     Status,
     Tokenize,
 )
+from forebay_plugins.native_request import FIELDS, generate_command, message_fields, unsupported
 from forebay_plugins.openai_errors import code_of
-
-#: OpenAI's default for completions; a chat answer may fill the context.
-_COMPLETION_TOKENS = 16
 
 
 class NativeSettings(BackendSettings, kw_only=True, frozen=True):
@@ -114,7 +105,7 @@ class NativeAdapter(Adapter):
             await self._client.start()
 
     async def stream(self, request: GenerateRequest, attempt: Attempt) -> AsyncGenerator[Event]:
-        command = _command(request, attempt)
+        command = generate_command(request, attempt)
         started = False
         try:
             async with aclosing(self._engine().generate(command)) as events:
@@ -135,7 +126,7 @@ class NativeAdapter(Adapter):
 
     async def perform(self, request: Operation, attempt: Attempt) -> Result:
         for name in request.extra:
-            raise _unsupported(f"the field {name!r}", name)
+            raise unsupported(f"the field {name!r}", name)
         try:
             match request:
                 case TokenizeRequest():
@@ -156,7 +147,9 @@ class NativeAdapter(Adapter):
     async def _tokenize(self, request: TokenizeRequest) -> Tokens:
         command = Tokenize(
             text=request.text or "",
-            messages=None if request.text is not None else [_message(m) for m in request.chat],
+            messages=None
+            if request.text is not None
+            else [message_fields(m) for m in request.chat],
             special=request.add_special_tokens,
             texts=request.with_texts,
         )
@@ -172,6 +165,7 @@ class NativeAdapter(Adapter):
             endpoints=frozenset({"chat", "completions", "tokenize", "detokenize"}),
             logprobs=True,
             extra_fields=False,
+            fields=FIELDS,
             max_context=status.max_model_len,
             slots=status.max_sequences,
             version=status.version,
@@ -230,77 +224,6 @@ class NativeAdapter(Adapter):
             f"backends.{self._context.name}.path: no model at {path} nor at {pulled}; "
             f"fetch it with `forebay model pull {path.name}`"
         )
-
-
-def _command(request: GenerateRequest, attempt: Attempt) -> Generate:
-    """The engine's form of a request.
-
-    :raises BackendRefused: it asks for what the engine can't do.
-    """
-    _refuse_unsupported(request)
-    chat = request.endpoint == "chat"
-    return Generate(
-        messages=[_message(message) for message in request.messages] if chat else None,
-        prompts=[p if isinstance(p, str) else list(p) for p in request.prompts],
-        n=request.n,
-        sampling=_sampling(request.sampling),
-        fill_context=chat and request.sampling.max_tokens is None,
-        seed=request.sampling.seed,
-        salt=request.identity.tenant,
-        traceparent=attempt.headers.get("traceparent", ""),
-    )
-
-
-def _refuse_unsupported(request: GenerateRequest) -> None:
-    reasons = [
-        (request.echo, "echo", "echo of the prompt"),
-        (request.needs_tools, "tools", "tool calls"),
-        (request.needs_schema, "response_format", "structured answers"),
-        (request.needs_multimodal, "messages", "messages with parts other than text"),
-    ]
-    reasons += [(True, name, f"the field {name!r}") for name in request.extra]
-    for applies, param, what in reasons:
-        if applies:
-            raise _unsupported(what, param)
-
-
-def _unsupported(what: str, param: str) -> BackendLacks:
-    return BackendLacks(f"the native engine does not support {what}", param=param)
-
-
-def _message(message: Message) -> dict[str, Any]:
-    found: dict[str, Any] = {"role": message.role, "content": message.text()}
-    if message.name is not None:
-        found["name"] = message.name
-    if message.reasoning_content is not None:
-        found["reasoning_content"] = message.reasoning_content
-    if message.tool_calls is not None:
-        found["tool_calls"] = [msgspec.json.decode(call) for call in message.tool_calls]
-    if message.tool_call_id is not None:
-        found["tool_call_id"] = message.tool_call_id
-    return found
-
-
-def _sampling(sampling: Sampling) -> SamplingParams:
-    """What the client left open takes the engine's neutral value."""
-    asked = {
-        "max_tokens": sampling.max_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": 0 if sampling.top_k == -1 else sampling.top_k,
-        "min_p": sampling.min_p,
-        "frequency_penalty": sampling.frequency_penalty,
-        "presence_penalty": sampling.presence_penalty,
-        "repetition_penalty": sampling.repetition_penalty,
-        "logprobs": sampling.logprobs,
-    }
-    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-    return SamplingParams(
-        **{"max_tokens": _COMPLETION_TOKENS, **given},
-        stop=sampling.stop,
-        min_tokens=sampling.min_tokens,
-        ignore_eos=sampling.ignore_eos,
-    )
 
 
 def _event(event: Accepted | Output | Done, model: str) -> Event:

@@ -257,6 +257,18 @@ async def test_unknown_fields_reach_only_backends_that_take_them(serve_gateway) 
             for _ in range(4)
         }
     assert backends == {"strict", "open"}
+    gateway.app.fleet.backends["strict"].capabilities = Capabilities(
+        extra_fields=False, fields=frozenset({"novel"})
+    )
+    async with gateway.client() as client:
+        for fields, able in (
+            ({"novel": 1}, {"strict", "open"}),
+            ({"novel": 1, "newer": 2}, {"open"}),
+        ):
+            answers = [
+                await client.post("/v1/chat/completions", json={**CHAT, **fields}) for _ in range(4)
+            ]
+            assert {answer.headers["x-forebay-backend"] for answer in answers} == able
 
 
 async def test_what_no_backend_can_do_is_said_with_the_reason(serve_gateway) -> None:

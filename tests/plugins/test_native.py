@@ -255,6 +255,35 @@ async def test_stops_penalties_and_the_rest_reach_the_engine() -> None:
             assert (refusal.value.param, refusal.value.status) == (field, 400)
 
 
+def with_fields(request: GenerateRequest, **fields: Any) -> GenerateRequest:
+    """The request with further fields, as the gateway decodes them."""
+    raw = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in fields.items()}
+    return msgspec.structs.replace(request, fields=raw, extra=tuple(sorted(raw)))
+
+
+async def test_the_engines_own_fields_are_understood() -> None:
+    async with native() as adapter:
+        stop = with_fields(completion((72, 73, 74)), stop_token_ids=[74])
+        events = await collect(adapter, stop)
+        assert text(events) == "de"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"stop_token_ids": "74"}, "stop_token_ids"),
+        ({"stop_token_ids": [1, None]}, "stop_token_ids[1]"),
+    ],
+)
+async def test_a_further_field_of_another_type_is_refused_by_name(
+    fields: dict[str, Any], param: str
+) -> None:
+    adapter = NativeAdapter(NativeSettings(adapter="native", path="x"), context(FAKES, {}))
+    with pytest.raises(BackendRefused, match="Expected") as refusal:
+        await collect(adapter, with_fields(completion("a"), **fields))
+    assert refusal.value.param == param
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [
@@ -262,7 +291,7 @@ async def test_stops_penalties_and_the_rest_reach_the_engine() -> None:
         ({"needs_tools": True}, "tools"),
         ({"needs_schema": True}, "response_format"),
         ({"needs_multimodal": True}, "messages"),
-        ({"extra": ("logit_bias",)}, "logit_bias"),
+        ({"extra": ("stop_token_ids", "tool_prompt")}, "tool_prompt"),
     ],
 )
 async def test_what_the_engine_cannot_do_is_refused_by_name(
@@ -279,6 +308,7 @@ async def test_a_probe_tells_what_it_can_do() -> None:
         capabilities = await adapter.probe()
         assert {capabilities.tools, capabilities.schema, capabilities.multimodal} == {False}
         assert not capabilities.extra_fields
+        assert "stop_token_ids" in capabilities.fields
         assert (capabilities.max_context, capabilities.slots) == (256, 64)
 
 

@@ -132,8 +132,8 @@ class GenerateRequest(Struct, frozen=True, kw_only=True):
     #: Some message has a part that is not text.
     needs_multimodal: bool = False
     fields: Mapping[str, Raw] = {}
-    #: Names in ``fields`` that have no counterpart above and may change the answer; backends
-    #: without ``extra_fields`` are not asked to serve a request that has any.
+    #: Names in ``fields`` that have no counterpart above and may change the answer; only backends
+    #: that take them (``Capabilities.extra_fields`` and ``fields``) are asked to.
     extra: tuple[str, ...] = ()
     identity: Identity = Identity()
 

@@ -1,0 +1,114 @@
+"""A request in the native engine's words; what it has no word for is refused by name."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from forebay.api import Attempt, BackendLacks, BackendRefused, GenerateRequest, Message, Sampling
+from forebay_engine.client import Generate, SamplingParams
+
+__all__ = ["FIELDS", "generate_command", "message_fields", "unsupported"]
+
+#: OpenAI's default for completions; a chat answer may fill the context.
+_COMPLETION_TOKENS = 16
+_PATH = re.compile(r" - at `\$\.?(.*)`$")
+
+
+class Fields(Struct, kw_only=True, frozen=True):
+    """What the engine takes beside the gateway's own fields, by the names that vLLM gave them."""
+
+    #: Each of these tokens ends the answer and is no part of its text.
+    stop_token_ids: tuple[int, ...] = ()
+
+
+#: Their names: what ``GenerateRequest.extra`` may have.
+FIELDS = frozenset(Fields.__struct_fields__)
+
+
+def generate_command(request: GenerateRequest, attempt: Attempt) -> Generate:
+    """The engine's form of a request.
+
+    :raises BackendRefused: it asks for what the engine can't do.
+    """
+    _refuse_lacking(request)
+    further = _further(request)
+    chat = request.endpoint == "chat"
+    return Generate(
+        messages=[message_fields(message) for message in request.messages] if chat else None,
+        prompts=[p if isinstance(p, str) else list(p) for p in request.prompts],
+        n=request.n,
+        sampling=_sampling(request.sampling, further),
+        fill_context=chat and request.sampling.max_tokens is None,
+        seed=request.sampling.seed,
+        salt=request.identity.tenant,
+        traceparent=attempt.headers.get("traceparent", ""),
+    )
+
+
+def _refuse_lacking(request: GenerateRequest) -> None:
+    reasons = [
+        (request.echo, "echo", "echo of the prompt"),
+        (request.needs_tools, "tools", "tool calls"),
+        (request.needs_schema, "response_format", "structured answers"),
+        (request.needs_multimodal, "messages", "messages with parts other than text"),
+    ]
+    reasons += [(True, name, f"the field {name!r}") for name in request.extra if name not in FIELDS]
+    for applies, param, what in reasons:
+        if applies:
+            raise unsupported(what, param)
+
+
+def _further(request: GenerateRequest) -> Fields:
+    """:raises BackendRefused: a field's value has another type than the engine's."""
+    body = msgspec.json.encode({name: request.fields[name] for name in request.extra})
+    try:
+        return msgspec.json.decode(body, type=Fields)
+    except msgspec.ValidationError as error:
+        where = _PATH.search(str(error))
+        raise BackendRefused(
+            _PATH.sub("", str(error)), param=where.group(1) if where else None
+        ) from None
+
+
+def unsupported(what: str, param: str) -> BackendLacks:
+    return BackendLacks(f"the native engine does not support {what}", param=param)
+
+
+def message_fields(message: Message) -> dict[str, Any]:
+    found: dict[str, Any] = {"role": message.role, "content": message.text()}
+    if message.name is not None:
+        found["name"] = message.name
+    if message.reasoning_content is not None:
+        found["reasoning_content"] = message.reasoning_content
+    if message.tool_calls is not None:
+        found["tool_calls"] = [msgspec.json.decode(call) for call in message.tool_calls]
+    if message.tool_call_id is not None:
+        found["tool_call_id"] = message.tool_call_id
+    return found
+
+
+def _sampling(sampling: Sampling, further: Fields) -> SamplingParams:
+    """What the client left open takes the engine's neutral value."""
+    asked = {
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": 0 if sampling.top_k == -1 else sampling.top_k,
+        "min_p": sampling.min_p,
+        "frequency_penalty": sampling.frequency_penalty,
+        "presence_penalty": sampling.presence_penalty,
+        "repetition_penalty": sampling.repetition_penalty,
+        "logprobs": sampling.logprobs,
+    }
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    return SamplingParams(
+        **{"max_tokens": _COMPLETION_TOKENS, **given},
+        stop=sampling.stop,
+        stop_token_ids=further.stop_token_ids,
+        min_tokens=sampling.min_tokens,
+        ignore_eos=sampling.ignore_eos,
+    )
