@@ -206,7 +206,8 @@ def _sliding_layers(data: dict[str, Any], architecture: str) -> tuple[bool, ...]
         return tuple(kind == "sliding_attention" for kind in data["layer_types"])
     if every := data.get("sliding_window_pattern"):  # every so many layers one that sees all
         return tuple(bool((i + 1) % every) for i in range(layers))
-    return tuple(i >= data.get("max_window_layers", 0) for i in range(layers))
+    first = 0 if architecture == "Qwen3MoeForCausalLM" else data.get("max_window_layers", 0)
+    return tuple(i >= first for i in range(layers))
 
 
 def _ropes(data: dict[str, Any]) -> tuple[Rope, Rope]:

@@ -79,6 +79,10 @@ class Weights:
             return Dense(self.take(f"{name}.weight", into, out).T.contiguous())
         return Dense(self.take(f"{name}.weight", out, into))
 
+    def stacked(self, name: str, count: int, out: int, into: int) -> list[Matrix]:
+        """The weights of ``count`` layers that are stored as one tensor ``[count, out, into]``."""
+        return [Dense(weight) for weight in self.take(name, count, out, into)]
+
     def tied(self, embedding: Tensor) -> Matrix:
         """The embedding ``[vocab, hidden]`` in its second place, as the output layer's weight."""
         return Dense(embedding)

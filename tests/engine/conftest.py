@@ -63,6 +63,13 @@ _GEMMA = {
     "sliding_window": 16,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
+_QWEN3_MOE = {
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "head_dim": 24,
+    "rope_parameters": _ROPE,
+}
 
 #: Of each family transformers' configuration class, and what differs from the common shape.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -93,6 +100,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "max_position_embeddings": 1024,
             "original_max_position_embeddings": 512,
             "rope_parameters": {**_LONGROPE, "partial_rotary_factor": 0.75},
+        },
+    ),
+    "mixtral": (
+        "MixtralConfig",
+        {"num_local_experts": 5, "num_experts_per_tok": 2, "rope_parameters": _ROPE},
+    ),
+    "qwen3-moe": (  # the first layer is dense
+        "Qwen3MoeConfig",
+        {**_QWEN3_MOE, "mlp_only_layers": [0], "norm_topk_prob": True},
+    ),
+    "qwen3-moe-2": (  # every second layer has experts; all of them slide
+        "Qwen3MoeConfig",
+        {
+            **_QWEN3_MOE,
+            "decoder_sparse_step": 2,
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "max_window_layers": 2,
         },
     ),
     "gpt2": ("GPT2Config", {"scale_attn_by_inverse_layer_idx": True}),

@@ -16,15 +16,20 @@ from safetensors.torch import load_file, save_file
 
 from forebay_engine.config import EngineConfig
 from forebay_engine.hf_config import ModelError, read_config
+from forebay_engine.layers import GatedMlp
+from forebay_engine.linear import Linear
+from forebay_engine.models.moe import Experts
 from forebay_engine.runner import Runner
 from forebay_engine.sequence import SamplingParams
 from forebay_engine.step import Row, Sampled, StepPlan
+from forebay_kernels.matrix import Dense
 
 Checkpoint = Callable[[str], Path]
 Tensors = dict[str, torch.Tensor]
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma2", "phi3"]
 FAMILIES += ["gpt2", "opt", "opt-350m"]
+MIXTURES = ["mixtral", "qwen3-moe", "qwen3-moe-2"]
 #: Where the cut of the work matters in its own way; the others share their code.
 CUT = ["llama", "mistral", "qwen3", "gemma3", "gemma2"]
 GREEDY = SamplingParams(temperature=0.0)
@@ -110,7 +115,7 @@ def greedy_answer(model: Any, prompt: list[int], length: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MIXTURES)
 def test_logprobs_equal_transformers(family: str, tiny_checkpoint: Checkpoint) -> None:
     folder = tiny_checkpoint(family)
     model = reference_model(folder, torch.float32)
@@ -128,7 +133,7 @@ def test_logprobs_equal_transformers(family: str, tiny_checkpoint: Checkpoint) -
         assert sampled.logprob == pytest.approx(float(want.max()), abs=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MIXTURES)
 def test_greedy_answers_equal_transformers(family: str, tiny_checkpoint: Checkpoint) -> None:
     folder = tiny_checkpoint(family)
     model = reference_model(folder, torch.float32)
@@ -176,7 +181,7 @@ def test_the_page_size_does_not_change_answers(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_stays_near_float32(family: str, tiny_checkpoint: Checkpoint) -> None:
-    """Rounding moves the likeliest token's log-probability a little, and nothing else."""
+    """Rounding moves probabilities a little. (A random router it moves to other experts.)"""
     everything = SamplingParams(temperature=0.0, logprobs=384)
     found = []
     for dtype in ("float32", "bfloat16"):
@@ -222,6 +227,45 @@ def test_gpt2_as_it_was_first_stored_is_the_same(
     want = Decoding(tiny_runner(folder), prompts(9), GREEDY).finish(8)
     first_stored = restored(folder, tmp_path / "first", first)
     assert Decoding(tiny_runner(first_stored), prompts(9), GREEDY).finish(8) == want
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_experts_are_weighted_by_the_router(normalised: bool, dtype: torch.dtype) -> None:
+    def matrix(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+    torch.manual_seed(5)
+    router, x = 2 * matrix(5, 12), matrix(7, 12)
+    up, down = matrix(5, 16, 12), matrix(5, 12, 8)
+    parts = [[Linear(Dense(weight)) for weight in pair] for pair in zip(up, down, strict=True)]
+    experts = [GatedMlp(*pair, "silu") for pair in parts]
+    found = Experts(Linear(Dense(router)), experts, top_k=2, normalised=normalised)(x)
+    for token, row in zip(x.double(), found.double(), strict=True):
+        likely = (router.double() @ token).softmax(0)
+        best = likely.topk(2)
+        total = best.values.sum() if normalised else 1.0
+        want = torch.zeros(12, dtype=torch.float64)
+        for weight, e in zip(best.values, best.indices, strict=True):
+            gate, value = (up[e].double() @ token).chunk(2)
+            want += weight / total * (down[e].double() @ (torch.nn.functional.silu(gate) * value))
+        exact = dtype is torch.float32
+        assert float((row - want).norm() / want.norm()) < (1e-5 if exact else 0.03)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
+def test_experts_stored_as_one_are_the_same(
+    family: str, tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint(family)
+    want = Decoding(tiny_runner(folder), prompts(9, 30), GREEDY).finish(8)
+    shutil.copytree(folder, tmp_path / "one")
+    model = reference_model(folder, torch.float32)
+    model.save_pretrained(tmp_path / "one", save_original_format=False)
+    assert "model.layers.1.mlp.experts.gate_up_proj" in load_file(
+        tmp_path / "one" / "model.safetensors"
+    )
+    assert Decoding(tiny_runner(tmp_path / "one"), prompts(9, 30), GREEDY).finish(8) == want
 
 
 def test_float16_is_served_in_float32(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -23,10 +23,12 @@ ARCHITECTURES = {
     "Gemma3ForCausalLM": "forebay_engine.models.gemma:Gemma3",
     "LlamaForCausalLM": "forebay_engine.models.llama:Llama",
     "MistralForCausalLM": "forebay_engine.models.llama:Llama",
+    "MixtralForCausalLM": "forebay_engine.models.moe:Mixtral",
     "OPTForCausalLM": "forebay_engine.models.opt:Opt",
     "Phi3ForCausalLM": "forebay_engine.models.llama:Phi3",
     "Qwen2ForCausalLM": "forebay_engine.models.llama:Qwen2",
     "Qwen3ForCausalLM": "forebay_engine.models.llama:Qwen3",
+    "Qwen3MoeForCausalLM": "forebay_engine.models.moe:Qwen3Moe",
 }
 
 
