@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from forebay_engine.step import Row, StepPlan
+from forebay_engine.step import Pooled, Row, StepPlan
 from forebay_kernels import PagedBatch
 
 
@@ -87,6 +87,24 @@ def _slots(rows: Items[Row], group: int, block_size: int) -> list[int]:
 def _tokens(row: Row) -> list[int]:
     known = list(row.token_ids[row.start : row.start + row.count])
     return [*known, *row.draft]
+
+
+def pool(hidden: Tensor, rows: Items[Row]) -> tuple[Pooled, ...]:
+    """What the rows with ``pooling`` want of the step's ``hidden`` ``[tokens, hidden]``, float32.
+
+    ``last`` gives nothing before the sequence's last token.
+    """
+    found = []
+    ends = accumulate(row.count for row in rows)
+    for row, end in zip(rows, ends, strict=True):
+        if row.pooling == "mean":
+            vector = hidden[end - row.count : end].float().sum(0)
+        elif row.pooling == "last" and row.start + row.count == len(row.token_ids):
+            vector = hidden[end - 1].float()
+        else:
+            continue
+        found.append(Pooled(row.seq_id, row.start, vector.numpy(force=True)))
+    return tuple(found)
 
 
 def _check(row: Row, block_size: int) -> None:

@@ -31,6 +31,8 @@ from forebay_engine.wire import (
     Detokenize,
     Detokenized,
     Done,
+    Embed,
+    Embedded,
     Event,
     Failed,
     FrameReader,
@@ -49,6 +51,8 @@ __all__ = [
     "Detokenize",
     "Detokenized",
     "Done",
+    "Embed",
+    "Embedded",
     "EngineClient",
     "EngineConfig",
     "EngineDied",
@@ -64,8 +68,8 @@ __all__ = [
     "Tokenized",
 ]
 
-Question = GetStatus | Tokenize | Detokenize
-Answer = TypeVar("Answer", Status, Tokenized, Detokenized)
+Question = GetStatus | Embed | Tokenize | Detokenize
+Answer = TypeVar("Answer", Status, Embedded, Tokenized, Detokenized)
 
 #: Starts the engine's process; its options are added.
 ENGINE_COMMAND = (sys.executable, "-m", "forebay_engine.process")
@@ -140,6 +144,15 @@ class EngineClient:
         :raises EngineDied: it went before it answered.
         """
         return await self._ask(GetStatus(0), Status)
+
+    async def embed(self, command: Embed) -> Embedded:
+        """Vectors of texts. Cancelling it drops the work.
+
+        :raises RequestRefused: the model gives no embeddings, or an input is at fault.
+        :raises EngineUnavailable: the engine is not there, or still loading.
+        :raises EngineDied: it went before it answered.
+        """
+        return await self._ask(command, Embedded)
 
     async def tokenize(self, command: Tokenize) -> Tokenized:
         """Token ids of a text or of messages. Cancelling it drops the work where it waits.

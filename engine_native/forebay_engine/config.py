@@ -24,5 +24,8 @@ class EngineConfig:
     max_model_len: int = 0
     #: Reuse pages of equal prefixes.
     prefix_cache: bool = True
+    #: Embeddings from the ``last`` hidden state or their ``mean``; ``auto``: as the folder's
+    #: ``1_Pooling`` says, or ``none``.
+    pooling: str = "auto"
     #: Compute threads; 0: the engine measures and chooses.
     threads: int = 0

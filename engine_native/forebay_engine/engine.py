@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import count
+from pathlib import Path
 from typing import Protocol
 
 from forebay_engine.cache import CacheGroup, KVCache
@@ -21,6 +22,7 @@ from forebay_engine.chat import ChatTemplate
 from forebay_engine.config import EngineConfig
 from forebay_engine.detokenizer import Detokenizer, StopStrings
 from forebay_engine.errors import RequestRefused, StartRefused
+from forebay_engine.pooling import Pooler, settle_pooling
 from forebay_engine.prompts import PromptEncoder
 from forebay_engine.scheduler import Scheduler
 from forebay_engine.sequence import FinishReason, SamplingParams, Sequence
@@ -31,6 +33,8 @@ from forebay_engine.wire import (
     Detokenize,
     Detokenized,
     Done,
+    Embed,
+    Embedded,
     Event,
     Generate,
     Logprob,
@@ -115,6 +119,10 @@ class Engine:
         self._encoder = PromptEncoder(tokenizer, template, runner.vocab_size)
         self._choices: dict[int, Choice] = {}
         self._ids = count()
+        self.pooling = settle_pooling(config.pooling, Path(config.model))
+        self._pooler = Pooler(
+            self.scheduler, self._ids, self.pooling, max_model_len=self.max_model_len
+        )
         self._work = asyncio.Event()
 
     async def submit(self, command: Generate, emit: Callable[[Event], None]) -> Request:
@@ -132,6 +140,18 @@ class Engine:
         emit(Accepted(command.id, request.prompt_tokens))
         self._work.set()
         return request
+
+    async def embed(self, command: Embed) -> Embedded:
+        """Cancelling it drops what is not done.
+
+        :raises RequestRefused: the model gives no embeddings, or an input is too long.
+        """
+        prompts = await asyncio.to_thread(self._encoder.inputs, command.inputs)
+        vectors = self._pooler.add(prompts, command.salt.encode())
+        self._work.set()
+        found = await asyncio.gather(*vectors)
+        packed = [vector.astype("<f4").tobytes() for vector in found]
+        return Embedded(command.id, packed, sum(map(len, prompts)))
 
     async def tokenize(self, command: Tokenize) -> Tokenized:
         """:raises RequestRefused: the chat template does not take the messages."""
@@ -166,6 +186,7 @@ class Engine:
                 result = await loop.run_in_executor(thread, self._runner.execute, plan)
                 for sequence, drawn in self.scheduler.apply(result):
                     self._advance(self._choices[sequence.id], drawn)
+                self._pooler.take(result.pooled)
 
     def _sampling(self, command: Generate, prompt: list[int]) -> SamplingParams:
         sampling = command.sampling
@@ -196,9 +217,9 @@ class Engine:
     def _note_admissions(self, plan: StepPlan) -> None:
         now = time.monotonic()
         for row in plan.rows:
-            request = self._choices[row.seq_id].request
-            if request.admitted is None:
-                request.admitted = now
+            choice = self._choices.get(row.seq_id)
+            if choice is not None and choice.request.admitted is None:
+                choice.request.admitted = now
 
     def _advance(self, choice: Choice, drawn: list[Sampled]) -> None:
         """Take a choice's next tokens, and send what text is certain by now."""

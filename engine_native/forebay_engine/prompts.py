@@ -36,7 +36,16 @@ class PromptEncoder:
             return [self._chat(command.messages, special=False)]
         if not command.prompts:
             raise RequestRefused("there is no prompt", "prompt")
-        return [self._prompt(prompt) for prompt in command.prompts]
+        return [self._prompt(prompt, "prompt") for prompt in command.prompts]
+
+    def inputs(self, inputs: Sequence[str | list[int]]) -> list[list[int]]:
+        """Token ids of what is to be embedded.
+
+        :raises RequestRefused: there is nothing, or a token that the vocabulary lacks.
+        """
+        if not inputs:
+            raise RequestRefused("there is no input", "input")
+        return [self._prompt(text, "input") for text in inputs]
 
     def tokens(self, command: Tokenize) -> tuple[list[int], list[str] | None]:
         """Token ids, and their texts if they are wanted. Slow for long texts.
@@ -68,10 +77,10 @@ class PromptEncoder:
             )
         return self._tokenizer.encode(self._template.render(messages), special=special)
 
-    def _prompt(self, prompt: str | list[int]) -> list[int]:
+    def _prompt(self, prompt: str | list[int], param: str) -> list[int]:
         if isinstance(prompt, str):
             return self._tokenizer.encode(prompt, special=True)
-        self._check_ids(prompt, "prompt")
+        self._check_ids(prompt, param)
         return prompt
 
     def _check_ids(self, token_ids: Sequence[int], param: str) -> None:

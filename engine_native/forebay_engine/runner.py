@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from forebay_engine.batch import build_batch
+from forebay_engine.batch import build_batch, pool
 from forebay_engine.cache import CacheGroup
 from forebay_engine.cache_size import cache_groups
 from forebay_engine.config import EngineConfig
@@ -64,11 +64,12 @@ class Runner:
             hidden = self._model.forward(
                 batch.token_ids, batch.positions, self._caches, batch.paged
             )
+            pooled = pool(hidden, plan.rows)
             rows = [row for row in plan.rows if row.sample]
             if not rows:
-                return StepResult(())
+                return StepResult((), pooled)
             logits = self._model.logits(hidden[batch.sample_at])  # [places, vocab]
-            return StepResult(sample(logits, rows, self.eos_token_ids))
+            return StepResult(sample(logits, rows, self.eos_token_ids), pooled)
 
     def warm_up(self) -> None:
         """Run steps until the kernels are laid out, and settle how many threads to use.

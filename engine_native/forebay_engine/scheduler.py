@@ -18,36 +18,18 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from forebay_engine.budget import StepBudget
 from forebay_engine.cache import Hit, KVCache, Pages
+from forebay_engine.counters import Counters
 from forebay_engine.errors import RequestRefused
 from forebay_engine.sequence import FinishReason, Sequence
 from forebay_engine.step import Row, Sampled, StepPlan, StepResult
 
 #: Seconds of waiting that a level of priority is worth.
 PATIENCE = 10.0
-
-
-@dataclass(slots=True)
-class Counters:
-    """Totals since the start, in sequences and tokens."""
-
-    admitted: int = 0
-    finished: int = 0
-    aborted: int = 0
-    expired: int = 0
-    failed: int = 0
-    preempted: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    computed_tokens: int = 0
-    steps: int = 0
-
-    def as_dict(self) -> dict[str, int]:
-        return asdict(self)
 
 
 @dataclass(slots=True, eq=False)
@@ -123,7 +105,8 @@ class Scheduler:
         :raises RequestRefused: they could never run to their end.
         """
         for sequence in choices:
-            self.refuse_impossible(len(sequence.prompt_ids), sequence.sampling.max_tokens)
+            if sequence.pooling is None:
+                self.refuse_impossible(len(sequence.prompt_ids), sequence.sampling.max_tokens)
         root = self.cache.root(salt)
         for sequence in choices:
             entry = _Entry(sequence, self.cache.open(root))
@@ -231,6 +214,9 @@ class Scheduler:
             if row.sample:
                 taken = self._append(entry, sampled[row.seq_id])
                 progress.append((entry.sequence, taken))
+            elif row.pooling is not None and not entry.missing:
+                entry.sequence.finish_reason = FinishReason.STOP
+                self.counters.finished += 1
             self.cache.advance(entry.pages, entry.sequence.token_ids, entry.sequence.num_computed)
             if entry.sequence.finish_reason is not None:
                 self._forget(entry)
@@ -277,8 +263,9 @@ class Scheduler:
             if not step.left or self.running >= self._max_sequences:
                 return
             sequence = entry.sequence
-            # The last token is always computed: its logits are what the step is for.
-            hit = self.cache.match(entry.pages, sequence.token_ids[:-1])
+            # The last token's logits are what the step is for; a mean needs all hidden states.
+            reusable = [] if sequence.pooling == "mean" else sequence.token_ids[:-1]
+            hit = self.cache.match(entry.pages, reusable)
             if self._computed_soon(entry, len(hit[0])):
                 continue
             others = [(e.pages, len(e.sequence.token_ids)) for e in self._running]
@@ -308,7 +295,7 @@ class Scheduler:
         """
         end = (page + 1) * self.cache.block_size
         tokens = entry.sequence.token_ids
-        if end >= len(tokens):
+        if end >= len(tokens) or entry.sequence.pooling == "mean":
             return False
         content = self.cache.content(entry.pages, tokens, page)
         return any(
@@ -348,9 +335,10 @@ class Scheduler:
             start=sequence.num_computed,
             count=count,
             block_tables=entry.pages.tables,
-            sample=count == entry.missing,
+            sample=count == entry.missing and sequence.pooling is None,
             sampling=sequence.sampling,
             num_prompt=len(sequence.prompt_ids),
+            pooling=sequence.pooling,
         )
 
     def _append(self, entry: _Entry, drawn: list[Sampled]) -> list[Sampled]:

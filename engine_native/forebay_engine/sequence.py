@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
+
+#: Which hidden states make the vector of a text.
+Pooling = Literal["last", "mean"]
 
 
 class FinishReason(StrEnum):
@@ -61,6 +65,8 @@ class Sequence:
     #: Prompt tokens found in the prefix cache at first admission.
     num_cached: int = 0
     finish_reason: FinishReason | None = None
+    #: Hidden states are wanted, and no answer. None: an answer.
+    pooling: Pooling | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)

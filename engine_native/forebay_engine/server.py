@@ -17,6 +17,8 @@ from forebay_engine.wire import (
     Detokenize,
     Detokenized,
     Done,
+    Embed,
+    Embedded,
     Event,
     Failed,
     FrameReader,
@@ -28,9 +30,9 @@ from forebay_engine.wire import (
     frame,
 )
 
-Work = Generate | Tokenize | Detokenize
+Work = Generate | Embed | Tokenize | Detokenize
 #: Nothing comes after these.
-_LAST = Done | Failed | Tokenized | Detokenized
+_LAST = Done | Failed | Embedded | Tokenized | Detokenized
 _READ_BYTES = 1 << 16
 
 log = logging.getLogger("forebay_engine")
@@ -82,6 +84,7 @@ class Server:
             running=scheduler.running,
             waiting=scheduler.waiting,
             kv_usage=scheduler.cache.usage,
+            embeds=engine.pooling is not None,
             counters=scheduler.counters.as_dict(),
         )
 
@@ -100,7 +103,7 @@ class _Connection:
                 self._send(self._server.status(id))
             case Abort(id):
                 self._abort(id)
-            case Generate() | Tokenize() | Detokenize():
+            case Generate() | Embed() | Tokenize() | Detokenize():
                 if command.id in self._requests:
                     raise EngineError(f"id {command.id} is in use")
                 self._start(command)
@@ -129,6 +132,8 @@ class _Connection:
             match command:
                 case Generate():
                     return await engine.submit(command, self._send)
+                case Embed():
+                    self._send(await engine.embed(command))
                 case Tokenize():
                     self._send(await engine.tokenize(command))
                 case Detokenize():

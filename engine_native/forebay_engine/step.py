@@ -10,7 +10,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from forebay_engine.sequence import SamplingParams
+from forebay_engine.sequence import Pooling, SamplingParams
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,6 +52,8 @@ class Row:
     draft: tuple[int, ...] = ()
     #: None: any token may come.
     guide: Guide | None = None
+    #: Wanted of the hidden states: the sequence's last one, or the sum of these tokens'.
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +79,22 @@ class Sampled:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Pooled:
+    """What a row with ``pooling`` asked for."""
+
+    seq_id: int
+    #: Position of the row's first token.
+    start: int
+    vector: npt.NDArray[np.float32]  # [hidden]
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """For each row with ``sample``, in the plan's order: the guesses that came true, one more."""
 
     sampled: tuple[Sampled, ...]
+    pooled: tuple[Pooled, ...] = ()
 
     def of(self, rows: Items[Row]) -> dict[int, list[Sampled]]:
         """What was drawn for each of the rows that wanted a sample, by ``seq_id``.

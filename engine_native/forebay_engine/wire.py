@@ -2,9 +2,9 @@
 
 A client sends commands and gets events; ``id`` ties them together and is chosen by the client,
 unique among what is open on its connection. A generation is answered by ``Accepted Output* Done``,
-or ends in ``Failed``; ``Tokenize`` by ``Tokenized`` and ``Detokenize`` by ``Detokenized``, or they
-fail. After an ``Abort`` nothing more is sent. Closing the connection aborts
-all that was started on it.
+or ends in ``Failed``; ``Embed`` is answered by ``Embedded``, ``Tokenize`` by ``Tokenized`` and
+``Detokenize`` by ``Detokenized``, or they fail. After an ``Abort`` nothing more is sent. Closing
+the connection aborts all that was started on it.
 """
 
 from __future__ import annotations
@@ -62,6 +62,15 @@ class Detokenize(Struct, frozen=True, kw_only=True, tag="detokenize"):
 
     id: int = 0
     token_ids: list[int]
+
+
+class Embed(Struct, frozen=True, kw_only=True, tag="embed"):
+    """One vector for each input, text or token ids."""
+
+    id: int = 0
+    inputs: list[str | list[int]]
+    #: As in ``Generate``.
+    salt: str = ""
 
 
 class Abort(Struct, frozen=True, tag="abort"):
@@ -123,6 +132,13 @@ class Detokenized(Struct, frozen=True, tag="detokenized"):
     text: str
 
 
+class Embedded(Struct, frozen=True, tag="embedded"):
+    id: int
+    #: Of length 1, in the order of the inputs: float32, little-endian.
+    vectors: list[bytes]
+    prompt_tokens: int
+
+
 class Failed(Struct, frozen=True, tag="failed"):
     """``refused``: the request's fault; ``loading``: too early; ``failed``: a defect of ours."""
 
@@ -143,12 +159,15 @@ class Status(Struct, frozen=True, kw_only=True, tag="status"):
     waiting: int = 0
     #: Share of the KV cache that sequences hold, 0 to 1.
     kv_usage: float = 0.0
+    #: The model gives embeddings; and it writes text.
+    embeds: bool = False
+    generates: bool = True
     #: Totals since the start, by name.
     counters: dict[str, int] = {}
 
 
-Command = Generate | Tokenize | Detokenize | Abort | GetStatus
-Event = Accepted | Output | Done | Tokenized | Detokenized | Failed | Status
+Command = Generate | Embed | Tokenize | Detokenize | Abort | GetStatus
+Event = Accepted | Output | Done | Embedded | Tokenized | Detokenized | Failed | Status
 
 
 def frame(message: Command | Event) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -21,6 +22,9 @@ from forebay.api import (
     ConnectFailed,
     Delta,
     DetokenizeRequest,
+    Embeddings,
+    EmbedRequest,
+    Endpoint,
     Event,
     Finished,
     FinishReason,
@@ -43,6 +47,7 @@ from forebay_engine.client import (
     Accepted,
     Detokenize,
     Done,
+    Embed,
     EngineClient,
     EngineConfig,
     EngineDied,
@@ -76,6 +81,8 @@ class NativeSettings(BackendSettings, kw_only=True, frozen=True):
     """Longest prompt and answer together, in tokens; 0: what model and KV cache allow."""
     prefix_cache: bool = True
     """Reuse the cached pages of equal prefixes; only within a tenant."""
+    pooling: Literal["auto", "none", "last", "mean"] = "auto"
+    """Embeddings from the last hidden state or their mean; `auto`: as the model's folder says."""
     threads: int = 0
     """Compute threads; 0: the engine measures and chooses."""
     exports_traces: bool = True
@@ -129,6 +136,8 @@ class NativeAdapter(Adapter):
             raise unsupported(f"the field {name!r}", name)
         try:
             match request:
+                case EmbedRequest():
+                    return await self._embed(request)
                 case TokenizeRequest():
                     return await self._tokenize(request)
                 case DetokenizeRequest():
@@ -143,6 +152,21 @@ class NativeAdapter(Adapter):
         except EngineError as error:
             raise BackendFailed(error.message) from error
         return await super().perform(request, attempt)
+
+    async def _embed(self, request: EmbedRequest) -> Embeddings:
+        command = Embed(
+            inputs=[text if isinstance(text, str) else list(text) for text in request.inputs],
+            salt=request.identity.tenant,
+        )
+        found = await self._engine().embed(command)
+        vectors = tuple(struct.unpack(f"<{len(v) // 4}f", v) for v in found.vectors)
+        size = len(vectors[0])
+        if request.dimensions not in (None, size):
+            raise unsupported(
+                f"dimensions of {request.dimensions}: the vectors have {size}", "dimensions"
+            )
+        model = Path(self._settings.path).name
+        return Embeddings(vectors, Usage(found.prompt_tokens, 0, 0), model)
 
     async def _tokenize(self, request: TokenizeRequest) -> Tokens:
         command = Tokenize(
@@ -162,7 +186,7 @@ class NativeAdapter(Adapter):
         if status.state == "loading":
             raise BackendBusy("the model is being loaded", code="loading", retry_after=1.0)
         return Capabilities(
-            endpoints=frozenset({"chat", "completions", "tokenize", "detokenize"}),
+            endpoints=_endpoints(status),
             logprobs=True,
             extra_fields=False,
             fields=FIELDS,
@@ -211,6 +235,7 @@ class NativeAdapter(Adapter):
             max_sequences=settings.max_sequences,
             max_model_len=settings.max_model_len,
             prefix_cache=settings.prefix_cache,
+            pooling=settings.pooling,
             threads=settings.threads,
         )
 
@@ -224,6 +249,15 @@ class NativeAdapter(Adapter):
             f"backends.{self._context.name}.path: no model at {path} nor at {pulled}; "
             f"fetch it with `forebay model pull {path.name}`"
         )
+
+
+def _endpoints(status: Status) -> frozenset[Endpoint]:
+    found: set[Endpoint] = {"tokenize", "detokenize"}
+    if status.generates:
+        found |= {"chat", "completions"}
+    if status.embeds:
+        found.add("embeddings")
+    return frozenset(found)
 
 
 def _event(event: Accepted | Output | Done, model: str) -> Event:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import time
 
+import numpy as np
+
 from forebay_engine.cache import CacheGroup
 from forebay_engine.config import EngineConfig
 from forebay_engine.process import main
-from forebay_engine.step import Row, Sampled, StepPlan, StepResult
+from forebay_engine.step import Pooled, Row, Sampled, StepPlan, StepResult
 
 EOS = 1
 
@@ -42,7 +44,13 @@ class EchoRunner:
             os._exit(1)
         sampled = tuple(self.echo(row) for row in plan.rows if row.sample)
         self.drawn += len(sampled)
-        return StepResult(sampled)
+        # Of each text, how many tokens it has, beside a 1.
+        pooled = tuple(
+            Pooled(row.seq_id, row.start, np.array([row.count, 1], np.float32))
+            for row in plan.rows
+            if row.pooling
+        )
+        return StepResult(sampled, pooled)
 
     def echo(self, row: Row) -> Sampled:
         token = row.token_ids[(len(row.token_ids) - row.num_prompt) % row.num_prompt]

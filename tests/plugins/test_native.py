@@ -25,6 +25,7 @@ from forebay.api import (
     ContentPart,
     Delta,
     DetokenizeRequest,
+    Embeddings,
     EmbedRequest,
     Event,
     Finished,
@@ -37,7 +38,6 @@ from forebay.api import (
     Text,
     TokenizeRequest,
     Tokens,
-    Unsupported,
     Upstream,
 )
 from forebay.testing import AdapterContract, Bench, Scenario, chat_request
@@ -395,12 +395,30 @@ async def test_it_tokenizes_texts_and_chats_and_turns_tokens_back() -> None:
         assert refusal.value.param == "chat_template"
 
 
-async def test_it_does_no_other_work() -> None:
+def embed(*inputs: str | tuple[int, ...], dimensions: int | None = None) -> EmbedRequest:
+    return EmbedRequest(id="r", model="m", created=1, inputs=inputs, dimensions=dimensions)
+
+
+async def test_it_embeds_where_the_model_pools() -> None:
+    async with native(pooling="last") as adapter:
+        assert "embeddings" in (await adapter.probe()).endpoints
+        found = await adapter.perform(embed((5, 6, 7), "ab"), Attempt())
+        assert isinstance(found, Embeddings)
+        three, two = found.vectors
+        assert three == pytest.approx((3 / 10**0.5, 1 / 10**0.5))
+        assert len(two) == 2
+        assert found.usage is not None
+        assert found.usage.prompt_tokens > 3
+        with pytest.raises(BackendRefused, match="the vectors have 2") as refusal:
+            await adapter.perform(embed("a", dimensions=3), Attempt())
+        assert refusal.value.param == "dimensions"
+
+
+async def test_a_model_that_does_not_pool_says_so() -> None:
     async with native() as adapter:
-        with pytest.raises(Unsupported, match="embeddings"):
-            await adapter.perform(
-                EmbedRequest(id="r", model="m", created=1, inputs=("a",)), Attempt()
-            )
+        assert "embeddings" not in (await adapter.probe()).endpoints
+        with pytest.raises(BackendRefused, match="set pooling to last or mean"):
+            await adapter.perform(embed("a"), Attempt())
 
 
 async def test_while_it_loads_it_is_busy() -> None:
