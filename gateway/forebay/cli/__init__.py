@@ -19,6 +19,7 @@ _COMMANDS = {
         "forebay.cli.conformance:conformance", "Check what a backend keeps of the promises."
     ),
     "model": Command("forebay.cli.model:model", "Fetch models for the native engine."),
+    "kv": Command("forebay.cli.kv:kv", "Reckon what a model's KV cache takes and gives."),
     "key": Command("forebay.cli.key:key", "Make API keys."),
     "version": Command("forebay.cli.version:version", "Show the version."),
 }
