@@ -22,6 +22,7 @@ from forebay_engine.sampler import sample
 from forebay_engine.sequence import SamplingParams
 from forebay_engine.step import Row, StepPlan, StepResult
 from forebay_engine.weights import Weights
+from forebay_kernels import cpu
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -94,6 +95,8 @@ class Runner:
         """OpenMP keeps the count for each thread that computes, and a caller may change threads."""
         if self._threads and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
+        if self._threads:
+            cpu.set_threads(self._threads)
 
     def _timed_step(self) -> float:
         """Seconds of a decode step of one token at position 0 of page 0, before any request."""
