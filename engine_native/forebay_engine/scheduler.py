@@ -30,6 +30,8 @@ from forebay_engine.step import Row, Sampled, StepPlan, StepResult
 
 #: Seconds of waiting that a level of priority is worth.
 PATIENCE = 10.0
+#: Levels above and below 0: what comes 2,000 s later is behind, whatever its priority.
+MAX_PRIORITY = 100
 
 
 @dataclass(slots=True, eq=False)

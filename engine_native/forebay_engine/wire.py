@@ -39,6 +39,10 @@ class Generate(Struct, frozen=True, kw_only=True, tag="generate"):
     fill_context: bool = False
     #: None: a random one for each choice.
     seed: int | None = None
+    #: Smaller ones run earlier; a level is worth ``scheduler.PATIENCE`` seconds of waiting.
+    priority: int = 0
+    #: Seconds from its arrival after which it fails, done or not; None: none.
+    timeout: float | None = None
     #: Only requests of the same salt share cached prefixes.
     salt: str = ""
     #: W3C trace context of the span under which the engine's spans belong; empty: none.
@@ -140,10 +144,14 @@ class Embedded(Struct, frozen=True, tag="embedded"):
 
 
 class Failed(Struct, frozen=True, tag="failed"):
-    """``refused``: the request's fault; ``loading``: too early; ``failed``: a defect of ours."""
+    """A request came to nothing.
+
+    ``refused``: its own fault; ``loading``: too early; ``deadline``: its ``timeout`` is over;
+    ``failed``: a defect of ours.
+    """
 
     id: int
-    kind: Literal["refused", "loading", "failed"]
+    kind: Literal["refused", "loading", "deadline", "failed"]
     message: str
     param: str | None = None
 

@@ -15,8 +15,9 @@ import pytest
 from forebay_engine.cache import CacheGroup
 from forebay_engine.chat import ChatTemplate
 from forebay_engine.config import EngineConfig
-from forebay_engine.engine import Engine, Request
+from forebay_engine.engine import Engine
 from forebay_engine.errors import RequestRefused, StartRefused
+from forebay_engine.request import Request
 from forebay_engine.sequence import FinishReason, SamplingParams
 from forebay_engine.step import Sampled, StepPlan, StepResult
 from forebay_engine.tokenizer import Tokenizer
