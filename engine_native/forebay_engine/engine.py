@@ -21,11 +21,13 @@ from typing import Literal, Protocol
 from forebay_engine.cache import CacheGroup, KVCache
 from forebay_engine.chat import ChatTemplate
 from forebay_engine.config import EngineConfig
+from forebay_engine.costs import StepCosts
 from forebay_engine.detokenizer import Detokenizer, StopStrings
 from forebay_engine.errors import RequestRefused, StartRefused
 from forebay_engine.isolation import Outcome, execute
 from forebay_engine.pooling import Pooler, settle_pooling
 from forebay_engine.prompts import PromptEncoder
+from forebay_engine.proposers import settle_speculation
 from forebay_engine.request import Choice, Request, durations
 from forebay_engine.scheduler import MAX_PRIORITY, Scheduler
 from forebay_engine.sequence import FinishReason, SamplingParams, Sequence
@@ -56,6 +58,7 @@ class StepRunner(Protocol):
     max_model_len: int
     vocab_size: int
     eos_token_ids: frozenset[int]
+    step_costs: StepCosts
 
     def execute(self, plan: StepPlan) -> StepResult: ...
 
@@ -89,6 +92,7 @@ class Engine:
             max_sequences=config.max_sequences,
             max_model_len=self.max_model_len,
             eos_token_ids=runner.eos_token_ids,
+            speculation=settle_speculation(config, runner.step_costs, runner.eos_token_ids),
         )
         self._encoder = PromptEncoder(tokenizer, template, runner.vocab_size)
         self._choices: dict[int, Choice] = {}

@@ -15,6 +15,7 @@ import pytest
 from forebay_engine.cache import CacheGroup
 from forebay_engine.chat import ChatTemplate
 from forebay_engine.config import EngineConfig
+from forebay_engine.costs import StepCosts
 from forebay_engine.engine import Engine
 from forebay_engine.errors import RequestRefused, StartRefused
 from forebay_engine.request import Request
@@ -35,6 +36,7 @@ class Playback:
     vocab_size = 261
     max_model_len = 512
     eos_token_ids = frozenset({EOS})
+    step_costs = StepCosts((1,), (1.0,))
 
     def __init__(self, text: str, num_blocks: int = 64) -> None:
         self.cache_groups = (CacheGroup(num_blocks),)
