@@ -199,4 +199,5 @@ async def test_guesses_change_no_token(
         assert found == without
         counters = engine.scheduler.counters
         assert 20 < counters.accepted_tokens < counters.drafted_tokens
-        assert counters.preempted > 0
+        # Where every layer slides, pages come back before they run out.
+        assert counters.preempted > 0 or family in ("mistral", "phi3")
