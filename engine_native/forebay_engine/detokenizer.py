@@ -55,20 +55,25 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Ends a text before the first stop string, holding back what may turn out to begin one."""
+    """Ends a text before the first stop string, holding back what may turn out to begin one.
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
+    ``include``: the text ends behind it instead.
+    """
+
+    def __init__(self, stops: tuple[str, ...], include: bool = False) -> None:
         self._stops = stops
+        self._include = include
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """The text that is certainly before any stop string, and whether one was found."""
+        """The text that is certain to be shown, and whether a stop string was found."""
         text = self._held + text
         # The one that is complete first, so that it does not matter how the text was cut up.
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self._held = ""
-            return text[: min(found)[1]], True
+            end, begin = min(found)
+            return text[: end if self._include else begin], True
         certain = len(text) - max((self._overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[certain:]
         return text[:certain], False

@@ -7,31 +7,26 @@ come, go and are aborted while a step runs, and no lock is needed.
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import count
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 from forebay_engine.cache import CacheGroup, KVCache
 from forebay_engine.chat import ChatTemplate
 from forebay_engine.config import EngineConfig
-from forebay_engine.costs import StepCosts
 from forebay_engine.detokenizer import Detokenizer, StopStrings
 from forebay_engine.errors import RequestRefused, StartRefused
-from forebay_engine.isolation import Outcome, execute
 from forebay_engine.pooling import Pooler, settle_pooling
 from forebay_engine.prompts import PromptEncoder
-from forebay_engine.proposers import settle_speculation
-from forebay_engine.request import Choice, Request, durations
-from forebay_engine.scheduler import MAX_PRIORITY, Scheduler
+from forebay_engine.scheduler import Scheduler
 from forebay_engine.sequence import FinishReason, SamplingParams, Sequence
-from forebay_engine.step import Sampled, StepPlan, StepResult
+from forebay_engine.step import NO_TOKEN, Sampled, StepPlan, StepResult
 from forebay_engine.tokenizer import Tokenizer
 from forebay_engine.wire import (
     Accepted,
@@ -58,17 +53,46 @@ class StepRunner(Protocol):
     max_model_len: int
     vocab_size: int
     eos_token_ids: frozenset[int]
-    step_costs: StepCosts
 
     def execute(self, plan: StepPlan) -> StepResult: ...
 
 
-#: Steps in a row of which nothing could be executed, after which the process is to start anew.
-_MOST_FAILED_STEPS = 3
-#: Seconds without work after which the books are compared in full.
-_QUIET = 1.0
+@dataclass(slots=True, eq=False)
+class Choice:
+    """One sequence of a request, and its text so far."""
 
-log = logging.getLogger("forebay_engine")
+    request: Request
+    index: int
+    sequence: Sequence
+    text: Detokenizer
+    stops: StopStrings
+    #: Tokens whose text is still held back.
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A generation; the times are :func:`time.monotonic`, None: not reached."""
+
+    command: Generate
+    emit: Callable[[Event], None]
+    prompt_tokens: int
+    submitted: float
+    choices: list[Choice] = field(default_factory=list)
+    open: int = 0
+    admitted: float | None = None
+    first_token: float | None = None
+    ended: float | None = None
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(choice.sequence.num_output for choice in self.choices)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Each prompt counts once, by its first choice."""
+        return sum(choice.sequence.num_cached for choice in self.choices[:: self.command.n])
 
 
 class Engine:
@@ -92,7 +116,6 @@ class Engine:
             max_sequences=config.max_sequences,
             max_model_len=self.max_model_len,
             eos_token_ids=runner.eos_token_ids,
-            speculation=settle_speculation(config, runner.step_costs, runner.eos_token_ids),
         )
         self._encoder = PromptEncoder(tokenizer, template, runner.vocab_size)
         self._choices: dict[int, Choice] = {}
@@ -102,7 +125,6 @@ class Engine:
             self.scheduler, self._ids, self.pooling, max_model_len=self.max_model_len
         )
         self._work = asyncio.Event()
-        self._failed_steps = 0
 
     async def submit(self, command: Generate, emit: Callable[[Event], None]) -> Request:
         """Queue a request; its events go to ``emit``, ``Accepted`` before this returns.
@@ -111,8 +133,8 @@ class Engine:
         """
         submitted = time.monotonic()
         prompts = await asyncio.to_thread(self._encoder.encode, command)
-        _refuse_priority(command.priority)
-        samplings = [self._sampling(command, prompt) for prompt in prompts]
+        sampling = await asyncio.to_thread(self._encoder.sampling, command)
+        samplings = [self._sampling(command, sampling, prompt) for prompt in prompts]
         request = Request(command, emit, sum(map(len, prompts)), submitted)
         for prompt, sampling in zip(prompts, samplings, strict=True):
             self._add(request, prompt, sampling)
@@ -129,11 +151,7 @@ class Engine:
         prompts = await asyncio.to_thread(self._encoder.inputs, command.inputs)
         vectors = self._pooler.add(prompts, command.salt.encode())
         self._work.set()
-        try:
-            found = await asyncio.gather(*vectors)
-        finally:
-            for vector in vectors:  # one may have failed
-                vector.cancel()
+        found = await asyncio.gather(*vectors)
         packed = [vector.astype("<f4").tobytes() for vector in found]
         return Embedded(command.id, packed, sum(map(len, prompts)))
 
@@ -148,88 +166,34 @@ class Engine:
 
     def abort(self, request: Request) -> None:
         """Drop a request: no more events come, and its blocks are freed as by the scheduler."""
-        self._drop(request, FinishReason.ABORT)
+        if request.ended is not None:
+            return
+        for choice in request.choices:
+            self.scheduler.abort(choice.sequence.id)
+            self._choices.pop(choice.sequence.id, None)
+        self._end(request)
 
     async def run(self) -> None:
         """Step for ever. What it raises is a defect, and the end of the engine."""
         loop = asyncio.get_running_loop()
         with ThreadPoolExecutor(1, "forebay-step") as thread:
             while True:
-                self._expire()
                 plan = self.scheduler.plan()
                 if plan is None:
-                    await self._idle()
+                    self._check_idle()
+                    self._work.clear()
+                    await self._work.wait()
                     continue
                 self._note_admissions(plan)
-                run = self._runner.execute
-                outcome = await loop.run_in_executor(thread, execute, run, plan)
-                self._apply(plan, outcome)
+                result = await loop.run_in_executor(thread, self._runner.execute, plan)
+                for sequence, drawn in self.scheduler.apply(result):
+                    if (choice := self._choices.get(sequence.id)) is not None:
+                        self._advance(choice, drawn)
+                self._pooler.take(result.pooled)
 
-    def _expire(self) -> None:
-        for sequence in self.scheduler.expire(time.monotonic()):
-            choice = self._choices.get(sequence.id)
-            if choice is not None:
-                request = choice.request
-                self._fail(
-                    request,
-                    "deadline",
-                    f"the request's time of {request.command.timeout:g} s was over after "
-                    f"{request.completion_tokens} tokens",
-                    FinishReason.DEADLINE,
-                )
-
-    def _apply(self, plan: StepPlan, outcome: Outcome) -> None:
-        """Pass on what a step came to.
-
-        :raises RuntimeError: several steps in a row came to nothing.
-        """
-        progress = self.scheduler.apply(outcome.result, outcome.failed)
-        for id, error in outcome.failed.items():
-            choice = self._choices.get(id)
-            message = f"the engine could not compute this: {error}"
-            if choice is not None:
-                self._fail(choice.request, "failed", message)
-            else:
-                self._pooler.fail(id, message)
-        for sequence, drawn in progress:
-            choice = self._choices.get(sequence.id)
-            if choice is not None:
-                self._advance_or_fail(choice, drawn)
-        self._pooler.take(outcome.result.pooled)
-        nothing = len(outcome.failed) == len(plan.rows)
-        self._failed_steps = self._failed_steps + 1 if nothing else 0
-        if self._failed_steps == _MOST_FAILED_STEPS:
-            last = next(iter(outcome.failed.values()))
-            raise RuntimeError(f"{self._failed_steps} steps in a row failed") from last
-
-    def _advance_or_fail(self, choice: Choice, drawn: list[Sampled]) -> None:
-        try:
-            self._advance(choice, drawn)
-        except Exception as error:
-            log.exception("tokens of sequence %d could not be passed on", choice.sequence.id)
-            self._fail(choice.request, "failed", f"the engine could not pass this on: {error}")
-
-    async def _idle(self) -> None:
-        """Wait for work; when it has been quiet for a while, compare the books.
-
-        A page that nobody holds and that is not free would be missing for ever, one that is free
-        twice would answer one tenant with another's text: better to start anew.
-
-        :raises RuntimeError: pages are held though nobody is there.
-        :raises AssertionError: the books disagree.
-        """
-        in_use = self.scheduler.cache.in_use
-        if in_use:
-            raise RuntimeError(f"{in_use} blocks are held but nobody is there")
-        self._work.clear()
-        try:
-            await asyncio.wait_for(self._work.wait(), _QUIET)
-        except TimeoutError:
-            self.scheduler.check()
-            await self._work.wait()
-
-    def _sampling(self, command: Generate, prompt: list[int]) -> SamplingParams:
-        sampling = command.sampling
+    def _sampling(
+        self, command: Generate, sampling: SamplingParams, prompt: list[int]
+    ) -> SamplingParams:
         if command.fill_context:
             left = max(1, self.max_model_len - len(prompt))
             sampling = replace(sampling, max_tokens=left)
@@ -241,36 +205,16 @@ class Engine:
             raise
         return sampling
 
-    def _drop(self, request: Request, reason: FinishReason) -> None:
-        """End a request before its time."""
-        if request.ended is not None:
-            return
-        for choice in request.choices:
-            self.scheduler.abort(choice.sequence.id, reason)
-            self._choices.pop(choice.sequence.id, None)
-        self._end(request)
-
-    def _fail(
-        self,
-        request: Request,
-        kind: Literal["failed", "deadline"],
-        message: str,
-        reason: FinishReason = FinishReason.ERROR,
-    ) -> None:
-        self._drop(request, reason)
-        request.emit(Failed(request.command.id, kind, message))
-
     def _add(self, request: Request, prompt: list[int], sampling: SamplingParams) -> None:
         """Queue the choices of one of the request's prompts."""
         first, command = len(request.choices), request.command
-        deadline = None if command.timeout is None else request.submitted + command.timeout
         for index in range(first, first + command.n):
             own = replace(sampling, seed=_seed(command.seed, index))
-            sequence = Sequence(
-                next(self._ids), prompt, own, command.priority, request.submitted, deadline
-            )
-            text = Detokenizer(self._tokenizer.decode, prompt)
-            choice = Choice(request, index, sequence, text, StopStrings(own.stop))
+            sequence = Sequence(next(self._ids), prompt, own, arrival=request.submitted)
+            tokenizer = self._tokenizer
+            decode = tokenizer.decode if own.skip_special_tokens else tokenizer.spell
+            text, stops = Detokenizer(decode, prompt), StopStrings(own.stop, own.include_stop)
+            choice = Choice(request, index, sequence, text, stops)
             request.choices.append(choice)
             self._choices[sequence.id] = choice
         sequences = [choice.sequence for choice in request.choices[first:]]
@@ -288,8 +232,12 @@ class Engine:
         sequence, request = choice.sequence, choice.request
         if request.first_token is None:
             request.first_token = time.monotonic()
+        if drawn[-1].token_id == NO_TOKEN:
+            self._fail(request)
+            return
         # A token that stops is no part of the text.
-        spoken = len(drawn) - (sequence.finish_reason is FinishReason.STOP)
+        stopped = sequence.finish_reason is FinishReason.STOP
+        spoken = len(drawn) - (stopped and not sequence.sampling.include_stop)
         text = ""
         for left, sampled in zip(range(len(drawn) - 1, -1, -1), drawn, strict=True):
             choice.token_ids.append(sampled.token_id)
@@ -305,6 +253,15 @@ class Engine:
             self._send(choice, text)
         if sequence.finish_reason is not None:
             self._close(choice)
+
+    def _fail(self, request: Request) -> None:
+        """End a request of which a choice may not go on with any token."""
+        self.abort(request)
+        reason = (
+            "no token may come next: the grammar, allowed_token_ids, bad_words and min_tokens "
+            "together exclude every one; loosen one of them"
+        )
+        request.emit(Failed(request.command.id, "refused", reason))
 
     def _stop(self, sequence: Sequence, unspoken: int) -> None:
         """End an answer at a stop string, without the tokens that were drawn behind it."""
@@ -364,6 +321,19 @@ class Engine:
         request.ended = time.monotonic()
         self._on_end(request)
 
+    def _check_idle(self) -> None:
+        in_use = self.scheduler.cache.in_use
+        if in_use:
+            raise RuntimeError(f"{in_use} blocks are held but nobody is there")
+
+
+def durations(request: Request) -> tuple[float, float, float]:
+    """Seconds in the queue, until the first token, and until the end, of an ended request."""
+    ended = request.ended if request.ended is not None else request.submitted
+    admitted = request.admitted if request.admitted is not None else ended
+    first = request.first_token if request.first_token is not None else ended
+    return admitted - request.submitted, max(0.0, first - admitted), ended - first
+
 
 def _seed(seed: int | None, index: int) -> int:
     """The seed of a choice, 63 bits: choices differ, and are the same in every run of a seed."""
@@ -371,15 +341,6 @@ def _seed(seed: int | None, index: int) -> int:
         return secrets.randbits(63)
     digest = blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-def _refuse_priority(priority: int) -> None:
-    """:raises RequestRefused: it is out of range; without one, no bound on waiting would hold."""
-    if abs(priority) > MAX_PRIORITY:
-        raise RequestRefused(
-            f"priority is {priority}; it must be within -{MAX_PRIORITY} and {MAX_PRIORITY}",
-            "priority",
-        )
 
 
 def _context(runner: StepRunner, config: EngineConfig) -> int:

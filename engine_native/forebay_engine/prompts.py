@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from forebay_engine.chat import ChatTemplate
@@ -14,6 +15,8 @@ from forebay_engine.wire import Detokenize, Generate, Tokenize
 
 #: Each costs a name and a number for every token sent.
 MAX_LOGPROBS = 20
+#: OpenAI's bound of a logit bias: enough to force a token, or to keep it out.
+MAX_BIAS = 100.0
 
 
 class PromptEncoder:
@@ -29,7 +32,6 @@ class PromptEncoder:
 
         :raises RequestRefused: naming the field that is wrong.
         """
-        check(command.sampling)
         if command.n < 1:
             raise RequestRefused(f"n is {command.n}; it must be at least 1", "n")
         if command.messages is not None:
@@ -37,6 +39,35 @@ class PromptEncoder:
         if not command.prompts:
             raise RequestRefused("there is no prompt", "prompt")
         return [self._prompt(prompt, "prompt") for prompt in command.prompts]
+
+    def sampling(self, command: Generate) -> SamplingParams:
+        """The command's sampling, checked, with its bad words as tokens.
+
+        :raises RequestRefused: naming the field that is wrong.
+        """
+        asked = command.sampling
+        check(asked)
+        self._check_ids(asked.stop_token_ids, "stop_token_ids")
+        self._check_ids(list(asked.logit_bias), "logit_bias")
+        self._check_ids(asked.allowed_token_ids, "allowed_token_ids")
+        words = tuple(form for word in command.bad_words for form in self._bad_word(word))
+        banned = {word[0] for word in words if len(word) == 1}
+        if asked.allowed_token_ids and banned.issuperset(asked.allowed_token_ids):
+            raise RequestRefused(
+                "every one of allowed_token_ids is among bad_words: no token is left", "bad_words"
+            )
+        return replace(asked, bad_words=words)
+
+    def _bad_word(self, word: str | list[int]) -> list[tuple[int, ...]]:
+        """A word's tokens; those of a text as it stands after a space, and at the very start."""
+        if not word:
+            raise RequestRefused("an empty bad word can't be kept out", "bad_words")
+        if not isinstance(word, str):
+            self._check_ids(word, "bad_words")
+            return [tuple(word)]
+        plain = word.lstrip() or word
+        forms = (self._tokenizer.encode(text, special=False) for text in (plain, " " + plain))
+        return list(dict.fromkeys(tuple(form) for form in forms if form))
 
     def inputs(self, inputs: Sequence[str | list[int]]) -> list[list[int]]:
         """Token ids of what is to be embedded.
@@ -97,6 +128,7 @@ def check(sampling: SamplingParams) -> None:
         ("temperature", sampling.temperature, 0.0, math.inf),
         ("top_p", sampling.top_p, 0.0, 1.0),
         ("min_p", sampling.min_p, 0.0, 1.0),
+        ("typical_p", sampling.typical_p, 0.0, 1.0),
         ("top_k", sampling.top_k, 0, math.inf),
         ("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0),
         ("presence_penalty", sampling.presence_penalty, -2.0, 2.0),
@@ -109,8 +141,15 @@ def check(sampling: SamplingParams) -> None:
             raise RequestRefused(
                 f"{name} is {value:g}; it must be within {low:g} and {high:g}", name
             )
-    if sampling.top_p == 0 or sampling.repetition_penalty == 0:
-        name = "top_p" if sampling.top_p == 0 else "repetition_penalty"
-        raise RequestRefused(f"{name} is 0; it must be greater", name)
+    for name in ("top_p", "typical_p", "repetition_penalty"):
+        if getattr(sampling, name) == 0:
+            raise RequestRefused(f"{name} is 0; it must be greater", name)
+    for token_id, value in sampling.logit_bias.items():
+        if not -MAX_BIAS <= value <= MAX_BIAS:
+            raise RequestRefused(
+                f"the bias of token {token_id} is {value:g}; "
+                f"it must be within -{MAX_BIAS:g} and {MAX_BIAS:g}",
+                "logit_bias",
+            )
     if "" in sampling.stop:
         raise RequestRefused("an empty stop string would stop before the first token", "stop")

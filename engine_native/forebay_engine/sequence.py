@@ -32,6 +32,14 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    #: Mass of the tokens nearest to the entropy in surprise that are kept.
+    typical_p: float = 1.0
+    #: Added to the logits of these tokens.
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    #: Only these may come; empty: any.
+    allowed_token_ids: tuple[int, ...] = ()
+    #: None of these runs of tokens may come: the last is banned where the others stand before it.
+    bad_words: tuple[tuple[int, ...], ...] = ()
     #: Subtracted per occurrence in / presence in the answer so far.
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
@@ -41,6 +49,10 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    #: The text ends with the stop string or token that ended it, not before.
+    include_stop: bool = False
+    #: Tokens such as ``<end_of_turn>`` are no part of the text.
+    skip_special_tokens: bool = True
     #: None: none; N: the chosen token's and the N likeliest tokens' logprobs (0: chosen alone).
     logprobs: int | None = None
 
@@ -64,9 +76,6 @@ class Sequence:
     num_computed: int = 0
     #: Prompt tokens found in the prefix cache at first admission.
     num_cached: int = 0
-    #: Guessed tokens that were verified, and those of them that came true.
-    num_drafted: int = 0
-    num_accepted: int = 0
     finish_reason: FinishReason | None = None
     #: Hidden states are wanted, and no answer. None: an answer.
     pooling: Pooling | None = None

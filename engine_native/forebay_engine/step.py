@@ -67,9 +67,13 @@ class StepPlan:
         return sum(row.count for row in self.rows)
 
 
+#: In place of a token: none may come here, as masks, bans and grammar exclude every one.
+NO_TOKEN = -1
+
+
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A token drawn for a row with ``sample``."""
+    """A token drawn for a row with ``sample``, or ``NO_TOKEN``."""
 
     seq_id: int
     token_id: int

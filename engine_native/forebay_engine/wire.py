@@ -33,16 +33,14 @@ class Generate(Struct, frozen=True, kw_only=True, tag="generate"):
     #: For the chat template: dicts with ``role``, ``content`` and what else the template reads.
     messages: list[dict[str, Any]] | None = None
     n: int = 1
-    #: Its ``seed`` is ignored in favour of the one below.
+    #: Its ``seed`` and ``bad_words`` are ignored in favour of those below.
     sampling: SamplingParams = SamplingParams()
     #: ``max_tokens`` is whatever the context has left after the prompt.
     fill_context: bool = False
     #: None: a random one for each choice.
     seed: int | None = None
-    #: Smaller ones run earlier; a level is worth ``scheduler.PATIENCE`` seconds of waiting.
-    priority: int = 0
-    #: Seconds from its arrival after which it fails, done or not; None: none.
-    timeout: float | None = None
+    #: Texts, which are kept out with a space before them as well, or token ids.
+    bad_words: list[str | list[int]] = []
     #: Only requests of the same salt share cached prefixes.
     salt: str = ""
     #: W3C trace context of the span under which the engine's spans belong; empty: none.
@@ -144,14 +142,10 @@ class Embedded(Struct, frozen=True, tag="embedded"):
 
 
 class Failed(Struct, frozen=True, tag="failed"):
-    """A request came to nothing.
-
-    ``refused``: its own fault; ``loading``: too early; ``deadline``: its ``timeout`` is over;
-    ``failed``: a defect of ours.
-    """
+    """``refused``: the request's fault; ``loading``: too early; ``failed``: a defect of ours."""
 
     id: int
-    kind: Literal["refused", "loading", "deadline", "failed"]
+    kind: Literal["refused", "loading", "failed"]
     message: str
     param: str | None = None
 

@@ -19,10 +19,25 @@ _PATH = re.compile(r" - at `\$\.?(.*)`$")
 
 
 class Fields(Struct, kw_only=True, frozen=True):
-    """What the engine takes beside the gateway's own fields, by the names that vLLM gave them."""
+    """What the engine takes beside the gateway's own fields, by the names that vLLM gave them.
+
+    Those who read ``return_token_ids`` are further on: the engine always tells them.
+    """
 
     #: Each of these tokens ends the answer and is no part of its text.
     stop_token_ids: tuple[int, ...] = ()
+    #: The text ends with the stop string or token, not before it.
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    return_token_ids: bool = False
+    #: Added to the logits of these tokens, -100 to 100.
+    logit_bias: dict[int, float] = {}
+    #: Texts, kept out with a space before them as well, or runs of token ids.
+    bad_words: list[str | list[int]] = []
+    #: No other token comes.
+    allowed_token_ids: tuple[int, ...] = ()
+    #: As text-generation-inference and transformers call it; vLLM has none.
+    typical_p: float = 1.0
 
 
 #: Their names: what ``GenerateRequest.extra`` may have.
@@ -44,6 +59,7 @@ def generate_command(request: GenerateRequest, attempt: Attempt) -> Generate:
         sampling=_sampling(request.sampling, further),
         fill_context=chat and request.sampling.max_tokens is None,
         seed=request.sampling.seed,
+        bad_words=further.bad_words,
         salt=request.identity.tenant,
         traceparent=attempt.headers.get("traceparent", ""),
     )
@@ -109,6 +125,11 @@ def _sampling(sampling: Sampling, further: Fields) -> SamplingParams:
         **{"max_tokens": _COMPLETION_TOKENS, **given},
         stop=sampling.stop,
         stop_token_ids=further.stop_token_ids,
+        include_stop=further.include_stop_str_in_output,
+        skip_special_tokens=further.skip_special_tokens,
+        logit_bias=further.logit_bias,
+        allowed_token_ids=further.allowed_token_ids,
+        typical_p=further.typical_p,
         min_tokens=sampling.min_tokens,
         ignore_eos=sampling.ignore_eos,
     )

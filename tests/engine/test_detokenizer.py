@@ -89,18 +89,20 @@ def test_bytes_that_never_become_a_character_do_not_hold_the_rest_back() -> None
 def test_text_ends_before_the_first_complete_stop_string_however_it_is_cut(
     text: str, stops: tuple[str, ...], cuts: list[int]
 ) -> None:
-    filter = StopStrings(stops)
+    filter, including = StopStrings(stops), StopStrings(stops, include=True)
     edges = sorted({0, *(cut for cut in cuts if cut < len(text)), len(text)})
-    shown, stopped = "", False
+    shown, stopped, longer = "", False, ""
     for start, end in pairwise(edges):
         piece, stopped = filter.push(text[start:end])
         shown += piece
+        longer += including.push(text[start:end])[0]
         # Shown text is never taken back.
         assert text.startswith(shown)
         if stopped:
             break
     if not stopped:
         shown += filter.flush()
+        longer += including.flush()
     ends = [
         (end, end - len(stop))
         for stop in stops
@@ -109,6 +111,7 @@ def test_text_ends_before_the_first_complete_stop_string_however_it_is_cut(
     ]
     assert stopped == bool(ends)
     assert shown == (text[: min(ends)[1]] if ends else text)
+    assert longer == (text[: min(ends)[0]] if ends else text)
 
 
 def test_only_what_may_begin_a_stop_string_is_held_back() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,14 +16,12 @@ import pytest
 from forebay_engine.cache import CacheGroup
 from forebay_engine.chat import ChatTemplate
 from forebay_engine.config import EngineConfig
-from forebay_engine.costs import StepCosts
-from forebay_engine.engine import Engine
+from forebay_engine.engine import Engine, Request
 from forebay_engine.errors import RequestRefused, StartRefused
-from forebay_engine.request import Request
 from forebay_engine.sequence import FinishReason, SamplingParams
-from forebay_engine.step import Row, Sampled, StepPlan, StepResult
+from forebay_engine.step import NO_TOKEN, Sampled, StepPlan, StepResult
 from forebay_engine.tokenizer import Tokenizer
-from forebay_engine.wire import Accepted, Done, Event, Generate, Output
+from forebay_engine.wire import Accepted, Done, Event, Failed, Generate, Output
 
 MODEL = Path(__file__).parents[1] / "fakes" / "engine_model"
 EOS = 1
@@ -36,7 +35,6 @@ class Playback:
     vocab_size = 261
     max_model_len = 512
     eos_token_ids = frozenset({EOS})
-    step_costs = StepCosts((1,), (1.0,))
 
     def __init__(self, text: str, num_blocks: int = 64) -> None:
         self.cache_groups = (CacheGroup(num_blocks),)
@@ -48,33 +46,24 @@ class Playback:
 
     def execute(self, plan: StepPlan) -> StepResult:
         assert self.go.wait(20)
-        return StepResult(
-            tuple(item for row in plan.rows if row.sample for item in self._drawn(row))
-        )
-
-    def _drawn(self, row: Row) -> Iterator[Sampled]:
-        at = len(row.token_ids) - row.num_prompt
-        if at == 0:
-            self.seeds.append(row.sampling.seed)
-        wanted = row.sampling.logprobs
-        for guess in [*row.draft, None]:
-            token = self.tokens[at] if at < len(self.tokens) else EOS
-            top = ((token, -0.5), (EOS, -1.5))[: wanted or 0]
-            yield Sampled(row.seq_id, token, None if wanted is None else -0.5, top)
-            if guess != token:
-                return
-            at += 1
+        sampled = []
+        for row in plan.rows:
+            if row.sample:
+                at = len(row.token_ids) - row.num_prompt
+                token = self.tokens[at] if at < len(self.tokens) else EOS
+                if at == 0:
+                    self.seeds.append(row.sampling.seed)
+                wanted = row.sampling.logprobs
+                top = ((token, -0.5), (EOS, -1.5))[: wanted or 0]
+                sampled.append(Sampled(row.seq_id, token, None if wanted is None else -0.5, top))
+        return StepResult(tuple(sampled))
 
 
 @asynccontextmanager
 async def serving(
-    runner: Playback,
-    ended: Callable[[Request], None] = lambda request: None,
-    speculation: str = "none",
+    runner: Playback, ended: Callable[[Request], None] = lambda request: None
 ) -> AsyncIterator[Engine]:
-    config = EngineConfig(
-        model=str(MODEL), max_step_tokens=16, max_sequences=8, speculation=speculation
-    )
+    config = EngineConfig(model=str(MODEL), max_step_tokens=16, max_sequences=8)
     engine = Engine(runner, TOKENIZER, ChatTemplate.from_folder(MODEL), config, ended)
     task = asyncio.create_task(engine.run())
     try:
@@ -134,44 +123,6 @@ async def test_an_answer_ends_at_its_length_and_not_within_a_character() -> None
     assert (text, reason, done.completion_tokens) == ("ab", FinishReason.LENGTH, 4)
 
 
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        {},
-        {"max_tokens": 21},
-        {"min_tokens": 40},
-        {"ignore_eos": True},
-        {"stop": ("END",)},
-        {"stop": ("bcEN",)},
-        {"stop": ("abc",), "min_tokens": 9},
-        {"stop": ("zzz",)},
-        {"stop_token_ids": (TOKENIZER.encode("E", special=False)[0],)},
-        {"logprobs": 1},
-    ],
-)
-async def test_guesses_change_nothing_of_an_answer(sampling: dict[str, Any]) -> None:
-    """Not where it ends either, in the middle of guesses that came true."""
-    found = []
-    for speculation in ("none", "ngram"):
-        text = "abcabcabcabcENDabcabcENDabcabcabcENDabc"
-        async with serving(Playback(text), speculation=speculation) as engine:
-            outputs, done = await answer(engine, command("ab", **sampling))
-            accepted = engine.scheduler.counters.accepted_tokens
-        assert (accepted > 0) == (speculation == "ngram")
-        found.append(
-            (
-                "".join(output.text for output in outputs),
-                [token_id for output in outputs for token_id in output.token_ids],
-                [item for output in outputs for item in output.logprobs],
-                outputs[-1].finish_reason,
-                done.completion_tokens,
-            )
-        )
-    assert found[0] == found[1]
-    # Usage counts what was said, and nothing that was drawn behind it.
-    assert len(found[1][1]) == found[1][4]
-
-
 async def test_text_that_was_held_back_comes_with_the_end() -> None:
     text, reason, _ = await answer_to("one EN", stop=("END",))
     assert (text, reason) == ("one EN", FinishReason.STOP)
@@ -212,6 +163,59 @@ async def test_logprobs_name_their_tokens_and_lack_the_end_token() -> None:
     assert found[0].logprob == -0.5
     assert found[0].top == [("a", -0.5), ("<eos>", -1.5)]
     assert not any(output.logprobs for output in plain)
+
+
+async def test_what_ended_the_answer_may_be_part_of_its_text() -> None:
+    text, _, _ = await answer_to("one END two", stop=("END",), include_stop=True)
+    assert text == "one END"
+    (token,) = TOKENIZER.encode("t", special=False)
+    for include, spoken in ((True, "one END t"), (False, "one END ")):
+        text, reason, _ = await answer_to(
+            "one END two", stop_token_ids=(token,), include_stop=include
+        )
+        assert (text, reason) == (spoken, FinishReason.STOP)
+    text, _, _ = await answer_to("ab", include_stop=True)
+    assert text == "ab"
+    text, _, _ = await answer_to("ab", include_stop=True, skip_special_tokens=False)
+    assert text == "ab<eos>"
+
+
+async def test_bad_words_are_kept_out_with_and_without_a_space_before() -> None:
+    runner = Playback("ok")
+    spelt = [tuple(TOKENIZER.encode(text, special=False)) for text in ("bad", " bad")]
+    async with serving(runner) as engine:
+        asked = Generate(
+            prompts=["a"], bad_words=[" bad", [7, 8], "bad"], sampling=SamplingParams()
+        )
+        outputs: list[Event] = []
+        request = await engine.submit(asked, outputs.append)
+        (choice,) = request.choices
+        assert set(choice.sequence.sampling.bad_words) == {*spelt, (7, 8)}
+        engine.abort(request)
+
+
+async def test_an_answer_that_may_not_go_on_fails_its_request_alone() -> None:
+    class Stuck(Playback):
+        def execute(self, plan: StepPlan) -> StepResult:
+            drawn = super().execute(plan).sampled
+            stuck = {row.seq_id for row in plan.rows if row.sampling.min_p == 0.5}
+            long = {row.seq_id for row in plan.rows if len(row.token_ids) > row.num_prompt + 2}
+            return StepResult(
+                tuple(
+                    replace(s, token_id=NO_TOKEN) if s.seq_id in stuck & long else s for s in drawn
+                )
+            )
+
+    async with serving(Stuck("a longer text")) as engine:
+        events: list[Event] = []
+        await engine.submit(command(n=3, min_p=0.5), events.append)
+        outputs, _ = await answer(engine, command())
+        assert "".join(output.text for output in outputs) == "a longer text"
+        failed = events[-1]
+        assert isinstance(failed, Failed)
+        assert "no token may come next" in failed.message
+        assert all(isinstance(event, Accepted | Output) for event in events[:-1])
+        assert engine.scheduler.counters.failed >= 1
 
 
 async def test_choices_share_the_prompt_but_not_the_seed() -> None:
@@ -287,6 +291,23 @@ async def test_chat_is_templated_and_may_fill_the_context() -> None:
         (command(repetition_penalty=0.0), "repetition_penalty", "greater"),
         (command(logprobs=21), "logprobs", "0 and 20"),
         (command(stop=("",)), "stop", "empty stop"),
+        (command(typical_p=0.0), "typical_p", "greater"),
+        (command(logit_bias={5: 101.0}), "logit_bias", "token 5 is 101; .* -100 and 100"),
+        (command(logit_bias={5: float("nan")}), "logit_bias", "nan"),
+        (command(logit_bias={261: 1.0}), "logit_bias", "token id 261"),
+        (command(allowed_token_ids=(-1,)), "allowed_token_ids", "token id -1"),
+        (command(stop_token_ids=(300,)), "stop_token_ids", "token id 300"),
+        (Generate(prompts=["a"], bad_words=[""]), "bad_words", "empty bad word"),
+        (Generate(prompts=["a"], bad_words=[[5, 900]]), "bad_words", "token id 900"),
+        (
+            Generate(
+                prompts=["a"],
+                bad_words=[[5], [6]],
+                sampling=SamplingParams(allowed_token_ids=(6, 5)),
+            ),
+            "bad_words",
+            "no token is left",
+        ),
     ],
 )
 async def test_what_cannot_be_served_is_refused_by_name(
@@ -345,19 +366,6 @@ async def test_an_abort_in_the_middle_leaves_the_others_alone() -> None:
 def test_a_context_beyond_the_cache_stops_the_start() -> None:
     config = EngineConfig(model=str(MODEL), max_model_len=300)
     with pytest.raises(StartRefused, match=r"max_model_len is 300, .* 256 tokens \(64 blocks of 4"):
-        Engine(Playback(""), TOKENIZER, None, config)
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"speculation": "magic"}, "'magic'; it must be none or ngram"),
-        ({"speculation": "ngram", "speculation_tokens": 0}, "0; it must be at least 1"),
-    ],
-)
-def test_guesses_from_nowhere_stop_the_start(settings: dict[str, Any], sentence: str) -> None:
-    config = EngineConfig(model=str(MODEL), **settings)
-    with pytest.raises(StartRefused, match=sentence):
         Engine(Playback(""), TOKENIZER, None, config)
 
 

@@ -12,10 +12,11 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from forebay_engine.noise import gumbel, token_bits
+from forebay_engine.logits import largest
+from forebay_engine.noise import gumbel, position_key, token_bits
 from forebay_engine.sampler import sample
 from forebay_engine.sequence import SamplingParams
-from forebay_engine.step import Row, Sampled
+from forebay_engine.step import NO_TOKEN, Row, Sampled
 
 Floats = npt.NDArray[np.float64]
 
@@ -64,18 +65,27 @@ def chi_square(shares: Floats, want: Floats, count: int) -> float:
 
 LOGITS = np.array([1.0, 0.2, -0.5, 2.0, 0.9, -3.0, 1.4, 0.0])
 
-#: 99.9 % quantiles of chi-square by degrees of freedom.
-QUANTILE = {1: 10.8, 2: 13.8, 3: 16.3, 4: 18.5, 5: 20.5, 7: 24.3}
+
+def quantile(free: int) -> float:
+    """99.9 % of chi-square with so many degrees of freedom (Wilson and Hilferty 1931)."""
+    return free * (1 - 2 / (9 * free) + 3.09 * math.sqrt(2 / (9 * free))) ** 3 if free else 1e-9
 
 
-def truncated(params: dict[str, Any]) -> Floats:
-    """The oracle: temperature, top-k, top-p, min-p, one after another, by sorting."""
-    logits = LOGITS / params.get("temperature", 1.0)
+def truncated(params: dict[str, Any], logits: Floats = LOGITS) -> Floats:
+    """The oracle: temperature, top-k, top-p, min-p, typical, one after another, by sorting."""
+    logits = logits / params.get("temperature", 1.0)
     order = np.argsort(-logits)
     keep = order[: params.get("top_k") or len(logits)]
     before = np.cumsum(softmax(logits[keep])) - softmax(logits[keep])
     keep = keep[before < params.get("top_p", 1.0)]
     keep = keep[np.exp(logits[keep] - logits.max()) >= params.get("min_p", 0.0)]
+    if "typical_p" in params:
+        p = softmax(logits[keep])
+        p, keep = p[p > 0], keep[p > 0]
+        entropy = -(p * np.log(p)).sum()
+        order = np.argsort(np.abs(-np.log(p) - entropy))
+        mass = np.cumsum(p[order]) - p[order]
+        keep = keep[order[mass < params["typical_p"]]]
     want = np.zeros(len(logits))
     want[keep] = softmax(logits[keep])
     return want
@@ -93,12 +103,15 @@ def truncated(params: dict[str, Any]) -> Floats:
         {"min_p": 0.3},
         {"temperature": 1.7, "top_k": 6, "top_p": 0.9, "min_p": 0.25},
         {"top_k": 5, "top_p": 0.7},
+        {"typical_p": 0.5},
+        {"typical_p": 0.9, "temperature": 1.4},
+        {"typical_p": 0.4, "top_k": 6, "top_p": 0.95},
     ],
 )
 def test_draws_have_the_distribution_that_is_asked(params: dict[str, Any]) -> None:
     want, count = truncated(params), 2000
     kept = int((want > 0).sum())
-    assert chi_square(draws(LOGITS, count, **params), want, count) < QUANTILE[kept - 1]
+    assert chi_square(draws(LOGITS, count, **params), want, count) < quantile(kept - 1)
 
 
 def test_neighbouring_positions_are_drawn_independently() -> None:
@@ -170,8 +183,10 @@ def test_sampling_leaves_the_logits_alone() -> None:
     assert torch.equal(logits, before)
 
 
-def penalised(tokens: list[int], num_prompt: int, params: dict[str, float]) -> Floats:
-    logits = LOGITS.copy()
+def penalised(
+    tokens: list[int], num_prompt: int, params: dict[str, float], logits: Floats = LOGITS
+) -> Floats:
+    logits = logits.copy()
     repetition = params.get("repetition_penalty", 1.0)
     for token in set(tokens):
         logits[token] = (
@@ -197,7 +212,7 @@ def penalised(tokens: list[int], num_prompt: int, params: dict[str, float]) -> F
 def test_penalties(params: dict[str, float], tokens: list[int]) -> None:
     want = softmax(penalised(tokens, 2, params))
     shares = draws(LOGITS, 1500, tokens=tokens, num_prompt=2, **params)
-    assert chi_square(shares, want, 1500) < QUANTILE[7]
+    assert chi_square(shares, want, 1500) < quantile(7)
     greedy = draw(LOGITS, row(tokens, 2, temperature=0.0, **params)).token_id
     assert greedy == int(want.argmax())
 
@@ -218,6 +233,112 @@ def test_no_stop_token_before_min_tokens(
     assert {token for token in range(8) if shares[token] == 0} == banned
     greedy = draw(LOGITS, row(tokens, temperature=0.0, **params)).token_id
     assert greedy not in banned
+
+
+def shaped(tokens: list[int], num_prompt: int, params: dict[str, Any]) -> Floats:
+    """The oracle of everything: probabilities after ``tokens``, in the documented order."""
+    logits = LOGITS.copy()
+    if "allowed_token_ids" in params:
+        logits[[t for t in range(8) if t not in params["allowed_token_ids"]]] = -np.inf
+    for word in params.get("bad_words", ()):
+        if len(word) == 1 or tokens[-(len(word) - 1) :] == list(word[:-1]):
+            logits[word[-1]] = -np.inf
+    if len(tokens) - num_prompt < params.get("min_tokens", 0):
+        logits[[0, *params.get("stop_token_ids", ())]] = -np.inf
+    for token, value in params.get("logit_bias", {}).items():
+        logits[token] += value
+    return truncated(params, penalised(tokens, num_prompt, params, logits))
+
+
+EVERYTHING: dict[str, Any] = {
+    "temperature": 1.3,
+    "bad_words": ((2, 3, 6), (5, 1), (4,)),
+    "allowed_token_ids": (0, 1, 2, 3, 4, 6),
+    "logit_bias": {1: 2.0, 3: -1.0},
+    "repetition_penalty": 1.3,
+    "frequency_penalty": 0.3,
+    "presence_penalty": -0.4,
+    "min_tokens": 2,
+    "top_p": 0.93,
+}
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"logit_bias": {1: 1.5, 5: 4.0, 3: -100.0}},
+        {"allowed_token_ids": (5, 2, 0)},
+        {"bad_words": ((4,), (2, 3, 6), (3, 6))},
+        {"bad_words": ((2, 3, 2, 3, 7), (3, 3), (1, 2, 3, 5))},
+        {"allowed_token_ids": (5, 2, 0), "min_tokens": 9, "top_k": 3},
+        EVERYTHING,
+    ],
+)
+def test_biases_bans_and_their_combinations(params: dict[str, Any]) -> None:
+    tokens = [1, 2, 3]
+    want = shaped(tokens, 2, params)
+    shares = draws(LOGITS, 1500, tokens=tokens, num_prompt=2, **params)
+    assert chi_square(shares, want, 1500) < quantile(int((want > 0).sum()) - 1)
+    greedy = draw(LOGITS, row(tokens, 2, **{**params, "temperature": 0.0})).token_id
+    assert greedy == int(want.argmax())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_with_guesses_two_places_have_the_joint_distribution_of_two_draws(masked: bool) -> None:
+    """The second place sees the first one's token in penalties, bad words and length."""
+    count, guess, mask = 2000, 1, np.ones(8, dtype=bool)
+    if masked:
+        mask[[2, 6]] = False
+    ban = {"allowed_token_ids": tuple(t for t in EVERYTHING["allowed_token_ids"] if mask[t])}
+    params = {**EVERYTHING, **ban}
+    first = shaped([2], 1, params)
+    want = np.array([first[t] * shaped([2, t], 1, params) for t in range(8)])
+    allowed = {7: torch.tensor(mask).expand(2, -1)} if masked else {}
+    logits = torch.tensor(LOGITS, dtype=torch.float32).expand(2, -1)
+    joint, accepted = np.zeros((8, 8)), 0
+    for seed in range(count):
+        asked = replace(row([2], seed=seed, **EVERYTHING), count=2, draft=(guess,))
+        got = [s.token_id for s in sample(logits, [asked], EOS, allowed)]
+        accepted += len(got) == 2
+        if len(got) == 1:
+            then = row([2, *got], seed=seed, **EVERYTHING)
+            got += [s.token_id for s in sample(logits[1:], [then], EOS, allowed)]
+        joint[got[0], got[1]] += 1 / count
+    cells = int((want > 0).sum())
+    assert 0.2 * count < accepted < 0.9 * count
+    assert chi_square(joint, want, count) < quantile(cells - 1)
+
+
+def test_where_no_token_may_come_none_is_drawn() -> None:
+    nothing = torch.zeros(1, 8, dtype=torch.bool)
+    logits = torch.tensor(LOGITS, dtype=torch.float32)[None]
+    for params in ({}, {"temperature": 0.0}, {"top_p": 0.5, "top_k": 2}, {"typical_p": 0.5}):
+        assert sample(logits, [row(**params)], EOS, {7: nothing}) == (Sampled(7, NO_TOKEN),)
+    dead = row([3, 5], allowed_token_ids=(2,), bad_words=((5, 2),), logprobs=2, top_p=0.5)
+    assert sample(logits, [dead], EOS) == (Sampled(7, NO_TOKEN),)
+    # A guess behind it is never taken.
+    drafted = replace(dead, count=2, draft=(2,))
+    assert sample(logits.expand(2, -1), [drafted], EOS) == (Sampled(7, NO_TOKEN),)
+
+
+@pytest.mark.parametrize("spread", [0.5, 4.0, 12.0])
+def test_a_draw_from_many_is_that_with_noise_on_every_token(spread: float) -> None:
+    """What is spared never changes which token wins."""
+    random = np.random.default_rng(1)
+    logits = torch.tensor(random.standard_normal((40, 30_011)) * spread, dtype=torch.float32)
+    for seed, at in enumerate(logits):
+        noise = gumbel(position_key(seed, 1), torch.arange(30_011))
+        assert sample(at[None], [row(seed=seed)], EOS)[0].token_id == int((at + noise).argmax())
+
+
+@pytest.mark.parametrize("size", [7, 255, 1000, 20_000])
+@pytest.mark.parametrize("count", [1, 3, 60])
+def test_the_largest_are_topks(size: int, count: int) -> None:
+    values = torch.randn(size, generator=torch.Generator().manual_seed(size)).round(decimals=1)
+    want, ids = values.topk(min(count, size)), largest(values, count)
+    assert torch.equal(ids[0], want.values)
+    assert torch.equal(values[ids[1]], want.values)
+    assert len(set(ids[1].tolist())) == min(count, size)
 
 
 def test_logprobs_are_the_models_own() -> None:
@@ -282,12 +403,12 @@ def mixed_in_numpy(seed: int, position: int, ids: npt.NDArray[np.uint32]) -> npt
 @pytest.mark.parametrize(("seed", "position"), [(0, 0), (1, 5), (-1, 131071), (2**63 + 11, 7)])
 def test_noise_bits_equal_unsigned_arithmetic(seed: int, position: int) -> None:
     ids = np.arange(5000, dtype=np.uint32)
-    got = token_bits(seed, position, torch.arange(5000)).numpy()
+    got = token_bits(position_key(seed, position), torch.arange(5000)).numpy()
     np.testing.assert_array_equal(got, mixed_in_numpy(seed, position, ids))
 
 
 def test_noise_is_gumbel_and_finite() -> None:
-    noise = torch.cat([gumbel(seed, 3, torch.arange(100_000)) for seed in range(10)])
+    noise = torch.cat([gumbel(position_key(seed, 3), torch.arange(100_000)) for seed in range(10)])
     assert bool(noise.isfinite().all())
     assert float(noise.mean()) == pytest.approx(0.57722, abs=0.01)
     assert float(noise.var()) == pytest.approx(math.pi**2 / 6, abs=0.02)
@@ -298,4 +419,4 @@ def test_noise_is_gumbel_and_finite() -> None:
 
 def test_noise_of_a_subset_is_the_subset_of_the_noise() -> None:
     ids = torch.tensor([5, 900, 17])
-    assert torch.equal(gumbel(1, 2, ids), gumbel(1, 2, torch.arange(1000))[ids])
+    assert torch.equal(gumbel(12, ids), gumbel(12, torch.arange(1000))[ids])

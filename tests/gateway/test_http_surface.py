@@ -142,6 +142,30 @@ async def test_logprobs_in_both_dialects(serve_gateway) -> None:
     assert logprobs["top_logprobs"][0] == {"ab": -0.5, "c": -1.0}
 
 
+async def test_token_ids_come_to_those_who_ask(serve_gateway) -> None:
+    async def script(request: GenerateRequest, attempt: Attempt) -> AsyncIterator[Event]:
+        yield Started()
+        yield Delta(text="ab", token_ids=(5, 6))
+        yield Delta(text="c", token_ids=(7,), finish_reason="stop")
+        yield Finished(Usage(1, 3))
+
+    gateway = await serve_gateway(config())
+    gateway.scripted["a"].script = script
+    async with gateway.client() as client:
+        for path, body in (
+            ("/v1/chat/completions", CHAT),
+            ("/v1/completions", {"model": "m", "prompt": "x"}),
+        ):
+            plain = (await client.post(path, json=body)).json()
+            assert "token_ids" not in plain["choices"][0]
+            body = {**body, "return_token_ids": True}
+            whole = (await client.post(path, json=body)).json()
+            assert whole["choices"][0]["token_ids"] == [5, 6, 7]
+            stream = events((await client.post(path, json={**body, "stream": True})).text)
+            ids = [e["choices"][0].get("token_ids", []) for e in stream]
+            assert [one for some in ids for one in some] == [5, 6, 7]
+
+
 async def test_relayed_bytes_pass_untouched(serve_gateway) -> None:
     async def script(request: GenerateRequest, attempt: Attempt) -> AsyncIterator[Event]:
         yield Relayed(b'data: {"x": "\xc3\xa4"}\n\n')

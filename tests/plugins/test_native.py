@@ -41,7 +41,9 @@ from forebay.api import (
     Upstream,
 )
 from forebay.testing import AdapterContract, Bench, Scenario, chat_request
+from forebay_engine.client import SamplingParams
 from forebay_plugins.native import NativeAdapter, NativeSettings, adapters
+from forebay_plugins.native_request import generate_command
 
 FAKES = Path(__file__).parents[1] / "fakes"
 COMMAND = (sys.executable, str(FAKES / "engine_process.py"))
@@ -266,6 +268,27 @@ async def test_the_engines_own_fields_are_understood() -> None:
         stop = with_fields(completion((72, 73, 74)), stop_token_ids=[74])
         events = await collect(adapter, stop)
         assert text(events) == "de"
+        fields = {"stop_token_ids": [74], "include_stop_str_in_output": True}
+        assert (
+            text(await collect(adapter, with_fields(completion((72, 73, 74)), **fields))) == "def"
+        )
+
+
+def test_each_further_field_has_its_place_in_the_command() -> None:
+    request = with_fields(
+        completion("a"),
+        logit_bias={"7": 1.5},
+        bad_words=["no", [5, 6]],
+        allowed_token_ids=[1, 2],
+        typical_p=0.5,
+        skip_special_tokens=False,
+        return_token_ids=True,
+    )
+    command = generate_command(request, Attempt())
+    assert command.bad_words == ["no", [5, 6]]
+    assert command.sampling == SamplingParams(
+        logit_bias={7: 1.5}, allowed_token_ids=(1, 2), typical_p=0.5, skip_special_tokens=False
+    )
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,11 @@ class GenerateRequest(Struct, frozen=True, kw_only=True):
         return self.n * max(1, len(self.prompts))
 
     @property
+    def return_token_ids(self) -> bool:
+        """The client wants the answer's token ids beside its text (vLLM's field of that name)."""
+        return self.fields.get("return_token_ids") == Raw(b"true")
+
+    @property
     def media(self) -> str:
         """The type of the first part that is not text (``image_url``); empty if there is none."""
         contents = (message.content for message in self.messages)
