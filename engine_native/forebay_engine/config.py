@@ -11,6 +11,8 @@ class EngineConfig:
     model: str
     #: ``auto``: as stored; else ``float32`` or ``bfloat16``.
     dtype: str = "auto"
+    #: Of weights that are stored plainly: ``none``, ``int8`` or ``int4``.
+    quantization: str = "none"
     #: Tokens in a page of the KV cache.
     block_size: int = 32
     #: Pages; 0: as many as ``kv_cache_bytes`` holds.

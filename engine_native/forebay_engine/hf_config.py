@@ -187,11 +187,6 @@ def _parse(data: dict[str, Any], eos: int | list[int] | None) -> ModelConfig:
 
 def _refuse_unsupported(data: dict[str, Any]) -> None:
     """What would otherwise be served wrongly without a word."""
-    if data.get("quantization_config"):
-        method = data["quantization_config"].get("quant_method", "unknown")
-        raise ModelError(
-            f"config.json: the weights are quantised ({method}); give the unquantised checkpoint"
-        )
     if data.get("use_bidirectional_attention"):
         raise ModelError("config.json: bidirectional attention cannot generate text")
 

@@ -10,16 +10,24 @@ import json
 import math
 import re
 import struct
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from forebay_engine.config import EngineConfig
 from forebay_engine.errors import StartRefused
 
 #: Interpreter and libraries, about; measured with torch 2.13 on CPU.
 _PROGRAM_BYTES = 400 << 20
-_BYTES = {"float32": 4, "bfloat16": 2}
-#: Bytes of an element as stored, by safetensors' names of types.
-_STORED = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
+#: Bytes of an element as stored, by safetensors' names of types: those that take the model's type,
+#: and integers and FP8, which stay as they are.
+_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_OTHERS = {"I64": 8, "I32": 4, "I16": 2}
+_DTYPES = {"float32": 4, "bfloat16": 2}
+#: Bytes of a value that is rounded while loading: int4 has 8 bytes of scale and zero a group of 32.
+_ROUNDED = {"int8": 1.0, "int4": 0.5 + 8 / 32}
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
+_HEAD = "lm_head.weight"
 
 
 def refuse_what_does_not_fit(config: EngineConfig, available: int | None = None) -> None:
@@ -30,20 +38,27 @@ def refuse_what_does_not_fit(config: EngineConfig, available: int | None = None)
     available = available_bytes() if available is None else available
     if available is None:
         return
-    weights = weight_bytes(Path(config.model), config.dtype)
+    weights = weight_bytes(Path(config.model), config.dtype, config.quantization)
     needed = weights + config.kv_cache_bytes + _PROGRAM_BYTES
     if needed > available:
         raise StartRefused(
             f"{config.model} does not fit into memory: {_mib(weights)} of weights + "
             f"{_mib(config.kv_cache_bytes)} of KV cache + {_mib(_PROGRAM_BYTES)} for the program = "
             f"{_mib(needed)}, but {_mib(available)} are available; "
-            "lower kv_cache_bytes, or choose a smaller model or dtype"
+            "lower kv_cache_bytes, or choose a smaller model or dtype, or quantization: int8"
         )
 
 
-def weight_bytes(folder: Path, dtype: str) -> int:
-    """Bytes of all tensors in a folder's safetensors files, once they have this ``dtype``."""
-    return sum(_tensor_bytes(path, dtype) for path in folder.glob("*.safetensors"))
+def weight_bytes(folder: Path, dtype: str, quantization: str = "none") -> int:
+    """Bytes of a folder's safetensors once they are loaded.
+
+    With them the second copy of an embedding that is the output layer too: laid out for its kernel,
+    or rounded, while tokens are looked up in the first.
+    """
+    tensors = [item for path in folder.glob("*.safetensors") for item in _header(path)]
+    if all(name != _HEAD for name, _ in tensors):
+        tensors += [(_HEAD, tensor) for name, tensor in tensors if name.endswith(_EMBEDDINGS)]
+    return sum(_bytes(name, tensor, dtype, quantization) for name, tensor in tensors)
 
 
 def available_bytes() -> int | None:
@@ -67,16 +82,26 @@ def _group_bytes(group: Path) -> int | None:
     return int(most) - used + (int(cache[1]) if cache else 0)
 
 
-def _tensor_bytes(path: Path, dtype: str) -> int:
-    """From the header alone: a JSON object behind its length (safetensors' format)."""
+def _header(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Names, types and shapes: a JSON object behind its length (safetensors' format)."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
+        header: dict[str, dict[str, Any]] = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    return sum(
-        math.prod(tensor["shape"]) * _BYTES.get(dtype, _STORED.get(tensor["dtype"], 4))
-        for tensor in header.values()
-    )
+    return header.items()
+
+
+def _bytes(name: str, tensor: dict[str, Any], dtype: str, quantization: str) -> int:
+    """Of one tensor; matrices other than embeddings may be rounded, the head to int8 at best."""
+    kind, shape = tensor["dtype"], tensor["shape"]
+    values: int = math.prod(shape)
+    if kind not in _FLOATS:
+        return values * _OTHERS.get(kind, 1)
+    is_layer = len(shape) == 2 and name.endswith(".weight") and not name.endswith(_EMBEDDINGS)
+    if is_layer and quantization in _ROUNDED:
+        return int(values * _ROUNDED["int8" if name == _HEAD else quantization])
+    as_stored = 4 if kind == "F16" else _FLOATS[kind]  # computed in float32
+    return values * _DTYPES.get(dtype, as_stored)
 
 
 def _mib(amount: int) -> str:

@@ -42,7 +42,10 @@ class Runner:
         self.cache_groups = cache_groups(config, shape, self._dtype.itemsize)
         self.max_model_len = _max_model_len(config, shape, self.cache_groups)
         shape = replace(shape, served_length=self.max_model_len)
-        with Weights(folder, self._dtype, self._device) as weights, torch.inference_mode():
+        with (
+            Weights(folder, self._dtype, self._device, config.quantization) as weights,
+            torch.inference_mode(),
+        ):
             self._model: Model = build_model(shape, weights)
         self.vocab_size = shape.vocab_size
         self.eos_token_ids = shape.eos_token_ids

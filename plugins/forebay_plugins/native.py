@@ -69,6 +69,8 @@ class NativeSettings(BackendSettings, kw_only=True, frozen=True):
     """Model folder, or the name of a model that `forebay model pull` fetched."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and KV cache; `auto`: as stored."""
+    quantization: Literal["none", "int8", "int4"] = "none"
+    """Round the weights to 8 or 4 bits while loading; those of a quantised checkpoint stay."""
     kv_cache_bytes: int = 512 << 20
     """Memory of the KV cache in bytes."""
     block_size: int = 32
@@ -229,6 +231,7 @@ class NativeAdapter(Adapter):
         return EngineConfig(
             model=str(self._folder()),
             dtype=settings.dtype,
+            quantization=settings.quantization,
             block_size=settings.block_size,
             kv_cache_bytes=settings.kv_cache_bytes,
             max_step_tokens=settings.max_step_tokens,

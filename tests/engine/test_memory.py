@@ -32,6 +32,40 @@ def test_weights_are_counted_in_the_type_they_will_have(folder: Path, dtype: str
     assert weight_bytes(folder, dtype) == mib * MIB
 
 
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "kib"),
+    [
+        # embedding, head, layer, packed integers, FP8, norm
+        ("none", "auto", 8 * (2 + 2) + 4 * 2 + 4 * 4 + 4 + 2),
+        ("none", "float32", 8 * (4 + 4) + 4 * 4 + 4 * 4 + 4 + 4),
+        ("int8", "auto", 8 * (2 + 1) + 4 * 1 + 4 * 4 + 4 + 2),
+        ("int4", "auto", 8 * (2 + 1) + 4 * 0.75 + 4 * 4 + 4 + 2),
+    ],
+)
+def test_every_tensor_is_counted_as_it_is_held(
+    quantization: str, dtype: str, kib: float, tmp_path: Path
+) -> None:
+    tensors = {
+        "model.embed_tokens.weight": torch.zeros(8, 1024, dtype=torch.bfloat16),
+        "model.layers.0.mlp.up_proj.weight": torch.zeros(4, 1024, dtype=torch.bfloat16),
+        "model.layers.0.mlp.down_proj.qweight": torch.zeros(4, 1024, dtype=torch.int32),
+        "model.layers.0.mlp.gate_proj.weight": torch.zeros(4, 1024).to(torch.float8_e4m3fn),
+        "model.norm.weight": torch.zeros(1024, dtype=torch.bfloat16),
+    }
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert weight_bytes(tmp_path, dtype, quantization) == kib * 1024
+
+
+def test_an_own_head_is_counted_once_and_float16_becomes_float32(tmp_path: Path) -> None:
+    tensors = {
+        "model.embed_tokens.weight": torch.zeros(8, 1024, dtype=torch.float16),
+        "lm_head.weight": torch.zeros(8, 1024, dtype=torch.float16),
+    }
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert weight_bytes(tmp_path, "auto") == 2 * 8 * 1024 * 4
+    assert weight_bytes(tmp_path, "bfloat16", "int4") == 8 * 1024 * (2 + 1)
+
+
 def test_what_does_not_fit_is_refused_with_the_sum(folder: Path) -> None:
     config = EngineConfig(model=str(folder), kv_cache_bytes=100 * MIB)
     refuse_what_does_not_fit(config, available=502 * MIB)

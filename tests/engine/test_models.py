@@ -344,7 +344,7 @@ def test_old_gemma_config_keys_mean_the_same(tiny_checkpoint: Checkpoint, tmp_pa
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 1.0}},
             "key 'factor' is missing",
         ),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised .gptq."),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quant_method .hqq. is not supported"),
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"vocab_size": 400}, r"embed_tokens.weight has the shape \[384, 64\].*\[400, 64\]"),
