@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from forebay_engine.cache import CacheGroup
 from forebay_engine.config import EngineConfig
-from forebay_engine.hf_config import ModelConfig, ModelError
+from forebay_engine.hf_config import ModelError, ModelShape
 
 #: Where layers with and without a window share the memory, pages are divided as sequences of so
 #: many windows need them, or as the longest ones do: shorter ones are then short of the first kind,
@@ -12,7 +12,7 @@ from forebay_engine.hf_config import ModelConfig, ModelError
 _WINDOWS = 4
 
 
-def cache_groups(config: EngineConfig, shape: ModelConfig, itemsize: int) -> tuple[CacheGroup, ...]:
+def cache_groups(config: EngineConfig, shape: ModelShape, itemsize: int) -> tuple[CacheGroup, ...]:
     """The groups of layers by window, those that see everything first, and their pages.
 
     :param itemsize: bytes of a number in the cache.
@@ -40,7 +40,7 @@ def cache_groups(config: EngineConfig, shape: ModelConfig, itemsize: int) -> tup
     return CacheGroup(rest), CacheGroup(few, windows[1])
 
 
-def _window_pages(config: EngineConfig, shape: ModelConfig, pages: list[int], even: int) -> int:
+def _window_pages(config: EngineConfig, shape: ModelShape, pages: list[int], even: int) -> int:
     """Pages of the group with a window.
 
     :param pages: bytes of a page of each group.

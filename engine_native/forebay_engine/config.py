@@ -13,6 +13,9 @@ class EngineConfig:
     dtype: str = "auto"
     #: Of weights that are stored plainly: ``none``, ``int8`` or ``int4``.
     quantization: str = "none"
+    #: Who computes the layers: ``native`` (a class of ours), ``transformers``, or ``auto``: ours
+    #: where there is one.
+    model_impl: str = "auto"
     #: Tokens in a page of the KV cache.
     block_size: int = 32
     #: Pages; 0: as many as ``kv_cache_bytes`` holds.

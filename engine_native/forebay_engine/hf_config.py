@@ -47,26 +47,43 @@ class Rope:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig:
-    """A decoder's shape, in the names of Hugging Face's config.json where one exists."""
+class ModelShape:
+    """What must be known of a decoder to run it, whoever computes its layers."""
 
     architecture: str
     vocab_size: int
-    hidden_size: int
-    intermediate_size: int
     num_layers: int
-    num_heads: int
     num_kv_heads: int
     head_dim: int
-    norm_eps: float
     max_position_embeddings: int
     #: Longest sequence that is served. Angles that depend on a sequence's length take this one:
     #: a cached key must be right for whoever reads it.
     served_length: int
-    tie_word_embeddings: bool
     #: Of each layer: attends to the last ``sliding_window`` positions only.
     sliding: tuple[bool, ...]
     sliding_window: int | None
+    #: As stored: ``float32``, ``bfloat16``, ``float16``.
+    dtype: str
+    eos_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransformersShape(ModelShape):
+    """A decoder that transformers computes."""
+
+    #: transformers' own configuration.
+    config: Any = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig(ModelShape):
+    """The whole of it, in the names of Hugging Face's config.json where one exists."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    norm_eps: float
+    tie_word_embeddings: bool
     rope: Rope
     #: Of sliding layers, where they have their own (Gemma 3).
     rope_local: Rope
@@ -76,9 +93,6 @@ class ModelConfig:
     query_pre_attn_scalar: float
     attn_logit_softcapping: float | None
     final_logit_softcapping: float | None
-    #: As stored: ``float32``, ``bfloat16``, ``float16``.
-    dtype: str
-    eos_token_ids: frozenset[int]
     #: All of config.json, for what only one family has.
     data: Mapping[str, Any] = field(compare=False, repr=False)
 
@@ -123,12 +137,23 @@ _RENAMED = {
 def read_config(folder: Path) -> ModelConfig:
     """The model configuration in ``folder``; ModelError when it is missing or not understood."""
     data = _json(folder / "config.json")
-    generation = folder / "generation_config.json"
-    eos = _json(generation).get("eos_token_id") if generation.exists() else None
     try:
-        return _parse(data, data.get("eos_token_id") if eos is None else eos)
+        return _parse(data, read_ends(folder, data.get("eos_token_id")))
     except KeyError as error:
         raise ModelError(f"{folder / 'config.json'}: the key {error} is missing") from error
+
+
+def read_architecture(folder: Path) -> str:
+    """The class that the checkpoint was saved from, ``none`` if it does not say."""
+    return str((_json(folder / "config.json").get("architectures") or ["none"])[0])
+
+
+def read_ends(folder: Path, eos: int | list[int] | None) -> frozenset[int]:
+    """The tokens that end a text: of generation_config.json, or else ``eos`` of config.json."""
+    generation = folder / "generation_config.json"
+    found = _json(generation).get("eos_token_id") if generation.exists() else None
+    found = eos if found is None else found
+    return frozenset([found] if isinstance(found, int) else found or ())
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -146,7 +171,7 @@ def _json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _parse(data: dict[str, Any], eos: int | list[int] | None) -> ModelConfig:
+def _parse(data: dict[str, Any], ends: frozenset[int]) -> ModelConfig:
     _refuse_unsupported(data)
     architecture = (data.get("architectures") or ["none"])[0]
     data = {**_DEFAULTS.get(architecture, {}), **data}
@@ -180,7 +205,7 @@ def _parse(data: dict[str, Any], eos: int | list[int] | None) -> ModelConfig:
         attn_logit_softcapping=data.get("attn_logit_softcapping"),
         final_logit_softcapping=data.get("final_logit_softcapping"),
         dtype=data.get("dtype") or data.get("torch_dtype") or "float32",
-        eos_token_ids=frozenset([eos] if isinstance(eos, int) else eos or ()),
+        eos_token_ids=ends,
         data=data,
     )
 

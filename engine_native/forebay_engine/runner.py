@@ -15,9 +15,9 @@ from forebay_engine.batch import build_batch, pool
 from forebay_engine.cache import CacheGroup
 from forebay_engine.cache_size import cache_groups
 from forebay_engine.config import EngineConfig
-from forebay_engine.hf_config import ModelConfig, ModelError, read_config
+from forebay_engine.hf_config import ModelError, ModelShape
 from forebay_engine.layers import LayerCache
-from forebay_engine.models import Model, build_model
+from forebay_engine.models import Model, build_model, read_shape
 from forebay_engine.sampler import sample
 from forebay_engine.sequence import SamplingParams
 from forebay_engine.step import Row, StepPlan, StepResult
@@ -33,7 +33,7 @@ class Runner:
 
     def __init__(self, config: EngineConfig) -> None:
         folder = Path(config.model).expanduser()
-        shape = read_config(folder)
+        shape = read_shape(folder, config.model_impl)
         self._device = torch.device("cpu")
         self._dtype = _dtype(config.dtype, shape)
         self._threads = config.threads
@@ -119,7 +119,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _dtype(asked: str, shape: ModelConfig) -> torch.dtype:
+def _dtype(asked: str, shape: ModelShape) -> torch.dtype:
     if asked == "auto":
         # float16 is slow on CPUs and bfloat16 would drop its mantissa bits.
         asked = "float32" if shape.dtype == "float16" else shape.dtype
@@ -128,7 +128,7 @@ def _dtype(asked: str, shape: ModelConfig) -> torch.dtype:
     return _DTYPES[asked]
 
 
-def _max_model_len(config: EngineConfig, shape: ModelConfig, groups: Items[CacheGroup]) -> int:
+def _max_model_len(config: EngineConfig, shape: ModelShape, groups: Items[CacheGroup]) -> int:
     """The asked length or the model's, as far as the cache can hold one sequence of it."""
     if config.max_model_len > shape.max_position_embeddings:
         raise ModelError(

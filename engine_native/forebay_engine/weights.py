@@ -100,17 +100,17 @@ class Weights:
             return found
         stored = f"{name}.weight"
         weight = self.raw(stored, into, out).T if transposed else self.raw(stored, out, into)
-        return self._settled(weight, is_head=name == _HEAD)
+        return self.settled(weight, is_head=name == _HEAD)
 
     def stacked(self, name: str, count: int, out: int, into: int) -> list[Matrix]:
         """The weights of ``count`` layers that are stored as one tensor ``[count, out, into]``."""
-        return [Dense(weight) for weight in self.take(name, count, out, into)]
+        return [self.settled(weight) for weight in self.raw(name, count, out, into)]
 
     def tied(self, embedding: Tensor) -> Matrix:
         """The embedding ``[vocab, hidden]`` in its second place, as the output layer's weight."""
-        return self._settled(embedding, is_head=True)
+        return self.settled(embedding, is_head=True)
 
-    def _settled(self, weight: Tensor, *, is_head: bool) -> Matrix:
+    def settled(self, weight: Tensor, *, is_head: bool = False) -> Matrix:
         """Plain values in the model's type, or quantised from the type that they came in."""
         if not weight.is_floating_point():
             raise ModelError(

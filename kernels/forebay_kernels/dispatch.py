@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from forebay_kernels import eager
+from forebay_kernels import eager, reference
 from forebay_kernels.batch import PagedBatch
 
 
@@ -43,8 +43,20 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,  # [heads]
 ) -> Tensor:
     """Attention of a mixed batch over the paged cache; see ``reference.paged_attention``."""
+    if sinks is not None:  # few models have them, and no faster operator knows them
+        return reference.paged_attention(
+            query,
+            keys,
+            values,
+            batch,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+        )
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     first_row = 0
     if has_triton(query):

@@ -82,12 +82,14 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,  # [heads]
 ) -> Tensor:
     """Causal attention of each row's tokens to the row's cached tokens, found by its block table.
 
     ``softmax(cap(scale * q k^T)) v`` with ``cap(s) = softcap * tanh(s / softcap)``; a token at
     position ``p`` sees positions ``max(0, p - window + 1) .. p``. Query head ``h`` reads KV head
-    ``h // (heads / kv_heads)``. A row of length 0 gives zeros.
+    ``h // (heads / kv_heads)``. A row of length 0 gives zeros. ``sinks`` are scores of a token more
+    in each head, whose value is 0 (https://arxiv.org/abs/2508.10925).
     """
     out = torch.zeros_like(query)
     group = query.shape[1] // keys.shape[0]
@@ -103,7 +105,11 @@ def paged_attention(
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         scores.masked_fill_(~visible(length - count, length, window, query.device), -math.inf)
-        out[tokens] = (scores.softmax(-1) @ v).transpose(0, 1).to(out.dtype)
+        if sinks is not None:
+            more = _wide(sinks).view(-1, 1, 1).expand(-1, count, 1)
+            scores = torch.cat((scores, more), dim=-1)
+        likely = scores.softmax(-1)[..., :length]
+        out[tokens] = (likely @ v).transpose(0, 1).to(out.dtype)
     return out
 
 

@@ -71,6 +71,8 @@ class NativeSettings(BackendSettings, kw_only=True, frozen=True):
     """Type of weights and KV cache; `auto`: as stored."""
     quantization: Literal["none", "int8", "int4"] = "none"
     """Round the weights to 8 or 4 bits while loading; those of a quantised checkpoint stay."""
+    model_impl: Literal["auto", "native", "transformers"] = "auto"
+    """Whose class computes the layers; `auto`: the engine's own, where it has one."""
     kv_cache_bytes: int = 512 << 20
     """Memory of the KV cache in bytes."""
     block_size: int = 32
@@ -232,6 +234,7 @@ class NativeAdapter(Adapter):
             model=str(self._folder()),
             dtype=settings.dtype,
             quantization=settings.quantization,
+            model_impl=settings.model_impl,
             block_size=settings.block_size,
             kv_cache_bytes=settings.kv_cache_bytes,
             max_step_tokens=settings.max_step_tokens,

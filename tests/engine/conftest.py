@@ -128,11 +128,59 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+_ALTERNATING = {"sliding_window": 16, "layer_types": _GEMMA["layer_types"]}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+#: The same of families without a class of ours.
+FAMILIES |= {
+    "granite": (
+        "GraniteConfig",
+        {"embedding_multiplier": 2.0, "logits_scaling": 3.0, "attention_multiplier": 0.1},
+    ),
+    "cohere2": ("Cohere2Config", {"logit_scale": 0.3, **_ALTERNATING}),
+    "olmo2": ("Olmo2Config", {}),
+    "stablelm": ("StableLmConfig", {}),
+    "starcoder2": ("Starcoder2Config", {"sliding_window": 16}),
+    "gpt-neox": ("GPTNeoXConfig", {}),
+    "gpt-bigcode": ("GPTBigCodeConfig", {"multi_query": True}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0, 1]}),
+    "glm4": ("Glm4Config", {"head_dim": 16}),
+    "qwen2-moe": (
+        "Qwen2MoeConfig",
+        {**_EXPERTS, "num_experts": 5, "shared_expert_intermediate_size": 48},
+    ),
+    "gpt-oss": (
+        "GptOssConfig",
+        {"num_local_experts": 4, "head_dim": 16, "rope_parameters": _ROPE, **_ALTERNATING},
+    ),
+    # And of models that are refused, because there is more to them than attention.
+    "mamba": ("MambaConfig", {}),
+    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention", "conv"]}),
+    "bloom": ("BloomConfig", {}),
+    "falcon": ("FalconConfig", {}),
+    "deepseek-v3": (
+        "DeepseekV3Config",
+        {
+            **_EXPERTS,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 16,
+        },
+    ),
+}
+
+_WITHOUT_GROUPS = {"GPT2Config", "OPTConfig", "GPTNeoXConfig", "GPTBigCodeConfig"}
+
 
 def _family_config(family: str) -> Any:
     name, own = FAMILIES[family]
     settings = {**_COMMON, **own}
-    if name in ("GPT2Config", "OPTConfig"):
+    if name in _WITHOUT_GROUPS:
         del settings["num_key_value_heads"]
     if name == "OPTConfig":
         settings["init_std"] = settings.pop("initializer_range")

@@ -13,7 +13,7 @@ from forebay_kernels import dispatch, eager, gather, reference
 from forebay_kernels.paged_decode import decode_attention
 
 #: Relative error of the result in each type, and what bounds it: rounding of probabilities and sum.
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 
 #: (tokens held, tokens run): lengths 0 and 1, page edges at 16, and rows long enough to be split.
 DECODES = [(1, 1), (0, 1), (15, 1), (16, 1), (17, 1), (130, 1), (301, 1)]
@@ -58,6 +58,29 @@ def test_mixed_batch_shapes(make_case: Any, heads: int, kv_heads: int, dim: int)
         case.query, case.keys, case.values, case.batch, scale=dim**-0.5, window=30
     )
     assert_near(got, by_reference(case, scale=dim**-0.5, window=30), torch.float32)
+
+
+def test_sinks_take_their_share(make_case: Any) -> None:
+    """As one token more that every query sees: its value is nothing."""
+    case = make_case(DECODES + CHUNKS, heads=4, kv_heads=2).wide()
+    sinks = torch.tensor([0.5, -1.0, 2.0, -torch.inf], dtype=torch.float64)
+    values = torch.ones_like(case.values)
+
+    def attended(of: Tensor, **settings: Any) -> Tensor:
+        return kernels.paged_attention(case.query, case.keys, of, case.batch, scale=0.3, **settings)
+
+    share = attended(values, sinks=sinks)[..., :1]  # of all other tokens together
+    assert_near(attended(case.values, sinks=sinks), attended(case.values) * share, torch.float64)
+    assert bool((share[2:, :3] < 1.0).all())
+    only = torch.sigmoid(0.3 * (case.query[0] * own_key(case)).sum(-1) - sinks)  # one token held
+    torch.testing.assert_close(share[0, :, 0], only)
+
+
+def own_key(case: Any) -> Tensor:
+    """The key of the first row's only token, for each of 4 heads: ``[4, dim]``."""
+    page = int(case.batch.block_tables[0, 0])
+    key: Tensor = case.keys[:, page, 0].repeat_interleave(2, dim=0)
+    return key
 
 
 def test_neighbouring_pages_are_read_in_place(make_case: Any) -> None:
