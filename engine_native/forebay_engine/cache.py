@@ -181,12 +181,12 @@ class KVCache:
             table[:] = found
         pages.published = len(hit[0])
 
-    def reserve(self, pages: Pages, end: int) -> bool:
-        """Pages up to position ``end``, in all groups or in none."""
+    def reserve(self, pages: Pages, end: int, leave: int = 0) -> bool:
+        """Pages up to position ``end``, in all groups or in none; ``leave`` stay available."""
         needed = -(-end // self.block_size) - len(pages.tables[0])
         if needed <= 0:
             return True
-        if any(pool.available < needed for pool in self.pools):
+        if any(pool.available < needed + leave for pool in self.pools):
             return False
         for table, pool in zip(pages.tables, self.pools, strict=True):
             table.extend(pool.allocate(needed) or ())

@@ -21,7 +21,13 @@ from typing import TypeVar
 import msgspec
 
 from forebay_engine.config import EngineConfig
-from forebay_engine.errors import EngineDied, EngineError, EngineUnavailable, RequestRefused
+from forebay_engine.errors import (
+    DeadlinePassed,
+    EngineDied,
+    EngineError,
+    EngineUnavailable,
+    RequestRefused,
+)
 from forebay_engine.sequence import FinishReason, SamplingParams
 from forebay_engine.wire import (
     EXIT_REFUSED,
@@ -48,6 +54,7 @@ from forebay_engine.wire import (
 __all__ = [
     "ENGINE_COMMAND",
     "Accepted",
+    "DeadlinePassed",
     "Detokenize",
     "Detokenized",
     "Done",
@@ -119,6 +126,7 @@ class EngineClient:
         a slow reader has not taken yet is kept here, at most ``max_tokens`` pieces a choice.
 
         :raises RequestRefused: the request is at fault.
+        :raises DeadlinePassed: its ``timeout`` is over.
         :raises EngineUnavailable: the engine is not there, or still loading.
         :raises EngineDied: it went while the request was open.
         """
@@ -368,4 +376,6 @@ def _error(event: Failed) -> EngineError:
         return RequestRefused(event.message, event.param)
     if event.kind == "loading":
         return EngineUnavailable(event.message, loading=True)
+    if event.kind == "deadline":
+        return DeadlinePassed(event.message)
     return EngineError(event.message)

@@ -34,3 +34,8 @@ class EngineConfig:
     pooling: str = "auto"
     #: Compute threads; 0: the engine measures and chooses.
     threads: int = 0
+    #: Where guesses of the next tokens come from: ``none``, or ``ngram``: what followed the last
+    #: tokens where they occurred before.
+    speculation: str = "none"
+    #: Most guesses verified in a step for each sequence.
+    speculation_tokens: int = 8

@@ -7,23 +7,28 @@ come, go and are aborted while a step runs, and no lock is needed.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from hashlib import blake2b
 from itertools import count
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from forebay_engine.cache import CacheGroup, KVCache
 from forebay_engine.chat import ChatTemplate
 from forebay_engine.config import EngineConfig
+from forebay_engine.costs import StepCosts
 from forebay_engine.detokenizer import Detokenizer, StopStrings
 from forebay_engine.errors import RequestRefused, StartRefused
+from forebay_engine.isolation import Outcome, execute
 from forebay_engine.pooling import Pooler, settle_pooling
 from forebay_engine.prompts import PromptEncoder
+from forebay_engine.proposers import settle_speculation
+from forebay_engine.request import Choice, Request, durations, refuse_priority
 from forebay_engine.scheduler import Scheduler
 from forebay_engine.sequence import FinishReason, SamplingParams, Sequence
 from forebay_engine.step import NO_TOKEN, Sampled, StepPlan, StepResult
@@ -53,46 +58,21 @@ class StepRunner(Protocol):
     max_model_len: int
     vocab_size: int
     eos_token_ids: frozenset[int]
+    step_costs: StepCosts
 
     def execute(self, plan: StepPlan) -> StepResult: ...
 
 
-@dataclass(slots=True, eq=False)
-class Choice:
-    """One sequence of a request, and its text so far."""
+_NOTHING_ALLOWED = (
+    "no token may come next: the grammar, allowed_token_ids, bad_words and min_tokens "
+    "together exclude every one; loosen one of them"
+)
+#: Steps in a row of which nothing could be executed, after which the process is to start anew.
+_MOST_FAILED_STEPS = 3
+#: Seconds without work after which the books are compared in full.
+_QUIET = 1.0
 
-    request: Request
-    index: int
-    sequence: Sequence
-    text: Detokenizer
-    stops: StopStrings
-    #: Tokens whose text is still held back.
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[Logprob] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class Request:
-    """A generation; the times are :func:`time.monotonic`, None: not reached."""
-
-    command: Generate
-    emit: Callable[[Event], None]
-    prompt_tokens: int
-    submitted: float
-    choices: list[Choice] = field(default_factory=list)
-    open: int = 0
-    admitted: float | None = None
-    first_token: float | None = None
-    ended: float | None = None
-
-    @property
-    def completion_tokens(self) -> int:
-        return sum(choice.sequence.num_output for choice in self.choices)
-
-    @property
-    def cached_tokens(self) -> int:
-        """Each prompt counts once, by its first choice."""
-        return sum(choice.sequence.num_cached for choice in self.choices[:: self.command.n])
+log = logging.getLogger("forebay_engine")
 
 
 class Engine:
@@ -116,6 +96,7 @@ class Engine:
             max_sequences=config.max_sequences,
             max_model_len=self.max_model_len,
             eos_token_ids=runner.eos_token_ids,
+            speculation=settle_speculation(config, runner.step_costs, runner.eos_token_ids),
         )
         self._encoder = PromptEncoder(tokenizer, template, runner.vocab_size)
         self._choices: dict[int, Choice] = {}
@@ -125,6 +106,7 @@ class Engine:
             self.scheduler, self._ids, self.pooling, max_model_len=self.max_model_len
         )
         self._work = asyncio.Event()
+        self._failed_steps = 0
 
     async def submit(self, command: Generate, emit: Callable[[Event], None]) -> Request:
         """Queue a request; its events go to ``emit``, ``Accepted`` before this returns.
@@ -133,6 +115,7 @@ class Engine:
         """
         submitted = time.monotonic()
         prompts = await asyncio.to_thread(self._encoder.encode, command)
+        refuse_priority(command.priority)
         sampling = await asyncio.to_thread(self._encoder.sampling, command)
         samplings = [self._sampling(command, sampling, prompt) for prompt in prompts]
         request = Request(command, emit, sum(map(len, prompts)), submitted)
@@ -151,7 +134,11 @@ class Engine:
         prompts = await asyncio.to_thread(self._encoder.inputs, command.inputs)
         vectors = self._pooler.add(prompts, command.salt.encode())
         self._work.set()
-        found = await asyncio.gather(*vectors)
+        try:
+            found = await asyncio.gather(*vectors)
+        finally:
+            for vector in vectors:  # one may have failed
+                vector.cancel()
         packed = [vector.astype("<f4").tobytes() for vector in found]
         return Embedded(command.id, packed, sum(map(len, prompts)))
 
@@ -166,30 +153,82 @@ class Engine:
 
     def abort(self, request: Request) -> None:
         """Drop a request: no more events come, and its blocks are freed as by the scheduler."""
-        if request.ended is not None:
-            return
-        for choice in request.choices:
-            self.scheduler.abort(choice.sequence.id)
-            self._choices.pop(choice.sequence.id, None)
-        self._end(request)
+        self._drop(request, FinishReason.ABORT)
 
     async def run(self) -> None:
         """Step for ever. What it raises is a defect, and the end of the engine."""
         loop = asyncio.get_running_loop()
         with ThreadPoolExecutor(1, "forebay-step") as thread:
             while True:
+                self._expire()
                 plan = self.scheduler.plan()
                 if plan is None:
-                    self._check_idle()
-                    self._work.clear()
-                    await self._work.wait()
+                    await self._idle()
                     continue
                 self._note_admissions(plan)
-                result = await loop.run_in_executor(thread, self._runner.execute, plan)
-                for sequence, drawn in self.scheduler.apply(result):
-                    if (choice := self._choices.get(sequence.id)) is not None:
-                        self._advance(choice, drawn)
-                self._pooler.take(result.pooled)
+                run = self._runner.execute
+                outcome = await loop.run_in_executor(thread, execute, run, plan)
+                self._apply(plan, outcome)
+
+    def _expire(self) -> None:
+        for sequence in self.scheduler.expire(time.monotonic()):
+            choice = self._choices.get(sequence.id)
+            if choice is not None:
+                request = choice.request
+                time_given, tokens = request.command.timeout, request.completion_tokens
+                message = f"the request's {time_given:g} s were over after {tokens} tokens"
+                self._fail(request, "deadline", message, FinishReason.DEADLINE)
+
+    def _apply(self, plan: StepPlan, outcome: Outcome) -> None:
+        """Pass on what a step came to.
+
+        :raises RuntimeError: several steps in a row came to nothing.
+        """
+        progress = self.scheduler.apply(outcome.result, outcome.failed)
+        for id, error in outcome.failed.items():
+            choice = self._choices.get(id)
+            message = f"the engine could not compute this: {error}"
+            if choice is not None:
+                self._fail(choice.request, "failed", message)
+            else:
+                self._pooler.fail(id, message)
+        for sequence, drawn in progress:
+            choice = self._choices.get(sequence.id)
+            if choice is not None:
+                self._advance_or_fail(choice, drawn)
+        self._pooler.take(outcome.result.pooled)
+        nothing = len(outcome.failed) == len(plan.rows)
+        self._failed_steps = self._failed_steps + 1 if nothing else 0
+        if self._failed_steps == _MOST_FAILED_STEPS:
+            last = next(iter(outcome.failed.values()))
+            raise RuntimeError(f"{self._failed_steps} steps in a row failed") from last
+
+    def _advance_or_fail(self, choice: Choice, drawn: list[Sampled]) -> None:
+        try:
+            self._advance(choice, drawn)
+        except Exception as error:
+            log.exception("tokens of sequence %d could not be passed on", choice.sequence.id)
+            self._fail(choice.request, "failed", f"the engine could not pass this on: {error}")
+
+    async def _idle(self) -> None:
+        """Wait for work; when it has been quiet for a while, compare the books.
+
+        A page that nobody holds and that is not free would be missing for ever, one that is free
+        twice would answer one tenant with another's text: better to start anew.
+
+        :raises RuntimeError: pages are held though nobody is there.
+        :raises AssertionError: the books disagree.
+        """
+        in_use = self.scheduler.cache.in_use
+        if in_use:
+            raise RuntimeError(f"{in_use} blocks are held but nobody is there")
+        self._work.clear()
+        try:
+            async with asyncio.timeout(_QUIET):
+                await self._work.wait()
+        except TimeoutError:
+            self.scheduler.check()
+            await self._work.wait()
 
     def _sampling(
         self, command: Generate, sampling: SamplingParams, prompt: list[int]
@@ -205,12 +244,34 @@ class Engine:
             raise
         return sampling
 
+    def _drop(self, request: Request, reason: FinishReason) -> None:
+        """End a request before its time."""
+        if request.ended is not None:
+            return
+        for choice in request.choices:
+            self.scheduler.abort(choice.sequence.id, reason)
+            self._choices.pop(choice.sequence.id, None)
+        self._end(request)
+
+    def _fail(
+        self,
+        request: Request,
+        kind: Literal["refused", "failed", "deadline"],
+        message: str,
+        reason: FinishReason = FinishReason.ERROR,
+    ) -> None:
+        self._drop(request, reason)
+        request.emit(Failed(request.command.id, kind, message))
+
     def _add(self, request: Request, prompt: list[int], sampling: SamplingParams) -> None:
         """Queue the choices of one of the request's prompts."""
         first, command = len(request.choices), request.command
+        deadline = None if command.timeout is None else request.submitted + command.timeout
         for index in range(first, first + command.n):
             own = replace(sampling, seed=_seed(command.seed, index))
-            sequence = Sequence(next(self._ids), prompt, own, arrival=request.submitted)
+            sequence = Sequence(
+                next(self._ids), prompt, own, command.priority, request.submitted, deadline
+            )
             tokenizer = self._tokenizer
             decode = tokenizer.decode if own.skip_special_tokens else tokenizer.spell
             text, stops = Detokenizer(decode, prompt), StopStrings(own.stop, own.include_stop)
@@ -233,7 +294,7 @@ class Engine:
         if request.first_token is None:
             request.first_token = time.monotonic()
         if drawn[-1].token_id == NO_TOKEN:
-            self._fail(request)
+            self._fail(request, "refused", _NOTHING_ALLOWED)
             return
         # A token that stops is no part of the text.
         stopped = sequence.finish_reason is FinishReason.STOP
@@ -253,15 +314,6 @@ class Engine:
             self._send(choice, text)
         if sequence.finish_reason is not None:
             self._close(choice)
-
-    def _fail(self, request: Request) -> None:
-        """End a request of which a choice may not go on with any token."""
-        self.abort(request)
-        reason = (
-            "no token may come next: the grammar, allowed_token_ids, bad_words and min_tokens "
-            "together exclude every one; loosen one of them"
-        )
-        request.emit(Failed(request.command.id, "refused", reason))
 
     def _stop(self, sequence: Sequence, unspoken: int) -> None:
         """End an answer at a stop string, without the tokens that were drawn behind it."""
@@ -320,19 +372,6 @@ class Engine:
     def _end(self, request: Request) -> None:
         request.ended = time.monotonic()
         self._on_end(request)
-
-    def _check_idle(self) -> None:
-        in_use = self.scheduler.cache.in_use
-        if in_use:
-            raise RuntimeError(f"{in_use} blocks are held but nobody is there")
-
-
-def durations(request: Request) -> tuple[float, float, float]:
-    """Seconds in the queue, until the first token, and until the end, of an ended request."""
-    ended = request.ended if request.ended is not None else request.submitted
-    admitted = request.admitted if request.admitted is not None else ended
-    first = request.first_token if request.first_token is not None else ended
-    return admitted - request.submitted, max(0.0, first - admitted), ended - first
 
 
 def _seed(seed: int | None, index: int) -> int:

@@ -3,6 +3,7 @@
 EngineError
 ├── RequestRefused      the request can never be served; ``param`` names the field
 ├── StartRefused        the engine can't start with this model and configuration
+├── DeadlinePassed      the request's time was over before it was done
 ├── EngineUnavailable   not started yet, loading, or being restarted
 └── EngineDied          the process ended, or its socket closed, under an open request
 """
@@ -27,6 +28,10 @@ class RequestRefused(EngineError):
 
 
 class StartRefused(EngineError):
+    pass
+
+
+class DeadlinePassed(EngineError):
     pass
 
 

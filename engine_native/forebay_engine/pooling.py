@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from forebay_engine.errors import RequestRefused, StartRefused
+from forebay_engine.errors import EngineError, RequestRefused, StartRefused
 from forebay_engine.scheduler import Scheduler
 from forebay_engine.sequence import FinishReason, Pooling, SamplingParams, Sequence
 from forebay_engine.step import Pooled
@@ -112,8 +113,16 @@ class Pooler:
                 del self._jobs[item.seq_id]
                 _settle(job.vector, job.total)
 
+    def fail(self, seq_id: int, message: str) -> None:
+        """A step could not be executed for this sequence, which the scheduler has ended."""
+        job = self._jobs.pop(seq_id, None)
+        if job is not None and not job.vector.done():
+            job.vector.set_exception(EngineError(message))
+
     def _add(self, prompt: list[int], pooling: Pooling, salt: bytes) -> asyncio.Future[Vector]:
-        sequence = Sequence(next(self._ids), prompt, SamplingParams(), pooling=pooling)
+        sequence = Sequence(
+            next(self._ids), prompt, SamplingParams(), arrival=time.monotonic(), pooling=pooling
+        )
         future: asyncio.Future[Vector] = asyncio.get_running_loop().create_future()
         self._scheduler.add(sequence, salt=salt)
         self._jobs[sequence.id] = _Job(sequence, future)

@@ -15,6 +15,7 @@ from forebay_engine.batch import build_batch, pool
 from forebay_engine.cache import CacheGroup
 from forebay_engine.cache_size import cache_groups
 from forebay_engine.config import EngineConfig
+from forebay_engine.costs import StepCosts, measured
 from forebay_engine.hf_config import ModelError, ModelShape
 from forebay_engine.layers import LayerCache
 from forebay_engine.models import Model, build_model, read_shape
@@ -22,6 +23,7 @@ from forebay_engine.sampler import sample
 from forebay_engine.sequence import SamplingParams
 from forebay_engine.step import Row, StepPlan, StepResult
 from forebay_engine.weights import Weights
+from forebay_kernels import cpu
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -37,6 +39,9 @@ class Runner:
         self._device = torch.device("cpu")
         self._dtype = _dtype(config.dtype, shape)
         self._threads = config.threads
+        self._speculates = config.speculation != "none"
+        #: Until they are measured, all steps cost the same.
+        self.step_costs = StepCosts((1,), (1.0,))
         self._settle_threads()
         self.block_size = config.block_size
         self.cache_groups = cache_groups(config, shape, self._dtype.itemsize)
@@ -75,7 +80,14 @@ class Runner:
             return StepResult(sample(logits, rows, self.eos_token_ids), pooled)
 
     def warm_up(self) -> None:
-        """Run steps until the kernels are laid out, and settle how many threads to use.
+        """Run steps until the kernels are laid out, settle the threads, measure what steps cost."""
+        self._choose_threads()
+        if self._speculates:
+            self.step_costs = measured(self.execute, self.cache_groups, self.block_size)
+            log.info("%s", self.step_costs)
+
+    def _choose_threads(self) -> None:
+        """Settle how many threads to use.
 
         On a shared machine a second thread can cost more than it gives: a barrier waits while the
         neighbour has the core. So real steps are timed, with one thread and with every core.
@@ -97,6 +109,8 @@ class Runner:
         """OpenMP keeps the count for each thread that computes, and a caller may change threads."""
         if self._threads and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
+        if self._threads:
+            cpu.set_threads(self._threads)
 
     def _timed_step(self) -> float:
         """Seconds of a decode step of one token at position 0 of page 0, before any request."""

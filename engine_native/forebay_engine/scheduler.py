@@ -10,8 +10,7 @@ priority makes anybody wait for ever. Sequences come in by rank, and when pages 
 rank gives its own back and starts over later, so the first always comes to its end.
 
 Pure bookkeeping: no tensors, no clock, no threads. State changes only in :meth:`Scheduler.add`,
-``abort``, ``expire``, ``plan`` and ``apply``; between the last two, the pages of the plan are being
-written.
+``abort``, ``expire``, ``plan`` and ``apply``; between the last two, the plan's pages are written.
 """
 
 from __future__ import annotations
@@ -26,10 +25,13 @@ from forebay_engine.cache import Hit, KVCache, Pages
 from forebay_engine.counters import Counters
 from forebay_engine.errors import RequestRefused
 from forebay_engine.sequence import FinishReason, Sequence
+from forebay_engine.speculation import Speculation
 from forebay_engine.step import NO_TOKEN, Row, Sampled, StepPlan, StepResult
 
 #: Seconds of waiting that a level of priority is worth.
 PATIENCE = 10.0
+#: Levels above and below 0: what comes 2,000 s later is behind, whatever its priority.
+MAX_PRIORITY = 100
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +65,7 @@ class Scheduler:
         max_sequences: int,
         max_model_len: int,
         eos_token_ids: frozenset[int] = frozenset(),
+        speculation: Speculation | None = None,
     ) -> None:
         if max_step_tokens < 1 or max_sequences < 1:
             raise ValueError("max_step_tokens and max_sequences must be at least 1")
@@ -77,6 +80,7 @@ class Scheduler:
         self._max_sequences = min(max_sequences, max_step_tokens)
         self._max_model_len = max_model_len
         self._eos = eos_token_ids
+        self._speculation = speculation
         self._entries: dict[int, _Entry] = {}
         #: Both by rank.
         self._running: list[_Entry] = []
@@ -149,7 +153,7 @@ class Scheduler:
         if entry is None or entry.doomed:
             return
         entry.sequence.finish_reason = reason
-        self._count_end(reason)
+        self.counters.count_end(reason)
         if self._in_flight is not None and sequence_id in self._in_flight:
             entry.doomed = True
         else:
@@ -182,6 +186,8 @@ class Scheduler:
                 raise RuntimeError(f"stalled with {self.running} running, {self.waiting} waiting")
             return None
         rows = [self._row(self._entries[id], count) for id, count in step.counts.items()]
+        if self._speculation is not None:
+            rows = self._speculation.extend(rows, step.left, self._spare)
         self._in_flight = {row.seq_id: row for row in rows}
         self.counters.steps += 1
         return StepPlan(tuple(sorted(rows, key=lambda row: row.count > 1)))
@@ -211,6 +217,10 @@ class Scheduler:
                 self._forget(entry)
                 continue
             entry.sequence.num_computed += row.count - len(row.draft)
+            if row.draft and self._speculation is not None:
+                accepted = len(sampled[row.seq_id]) - 1
+                self._speculation.learn(row, accepted)
+                self.counters.count_guesses(entry.sequence, len(row.draft), accepted)
             if row.sample:
                 taken = self._append(entry, sampled[row.seq_id])
                 progress.append((entry.sequence, taken))
@@ -319,6 +329,17 @@ class Scheduler:
         """Pages up to the row's end."""
         return self.cache.reserve(entry.pages, entry.sequence.num_computed + count)
 
+    def _spare(self, row: Row, wanted: int) -> int:
+        """Of so many tokens behind a row, how many may run and have pages; takes those pages.
+
+        One page each is left to those who run: a guess is no reason to preempt.
+        """
+        pages, end = self._entries[row.seq_id].pages, row.start + row.count
+        wanted = min(wanted, self._chunk - row.count)
+        if self.cache.reserve(pages, end + wanted, leave=self.running):
+            return wanted
+        return len(pages.tables[0]) * self.cache.block_size - end
+
     def _preempt_last(self) -> _Entry:
         victim = self._running.pop()
         self.cache.release(victim.pages)
@@ -355,7 +376,7 @@ class Scheduler:
             elif sequence.num_output >= sequence.sampling.max_tokens:
                 sequence.finish_reason = FinishReason.LENGTH
             if sequence.finish_reason is not None:
-                self._count_end(sequence.finish_reason)
+                self.counters.count_end(sequence.finish_reason)
                 return drawn[: number + 1]
         return drawn
 
@@ -367,19 +388,10 @@ class Scheduler:
             return True
         return token_id in self._eos and not sampling.ignore_eos
 
-    def _count_end(self, reason: FinishReason) -> None:
-        match reason:
-            case FinishReason.ABORT:
-                self.counters.aborted += 1
-            case FinishReason.DEADLINE:
-                self.counters.expired += 1
-            case FinishReason.ERROR:
-                self.counters.failed += 1
-            case _:
-                self.counters.finished += 1
-
     def _forget(self, entry: _Entry) -> None:
         del self._entries[entry.sequence.id]
+        if self._speculation is not None:
+            self._speculation.forget(entry.sequence.id)
         (self._running if entry in self._running else self._waiting).remove(entry)
         self.cache.release(entry.pages)
 

@@ -76,6 +76,9 @@ class Sequence:
     num_computed: int = 0
     #: Prompt tokens found in the prefix cache at first admission.
     num_cached: int = 0
+    #: Guessed tokens that were verified, and those of them that came true.
+    num_drafted: int = 0
+    num_accepted: int = 0
     finish_reason: FinishReason | None = None
     #: Hidden states are wanted, and no answer. None: an answer.
     pooling: Pooling | None = None

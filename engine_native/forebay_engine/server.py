@@ -9,8 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 import msgspec
 
 from forebay_engine.config import EngineConfig
-from forebay_engine.engine import Engine, Request
+from forebay_engine.engine import Engine
 from forebay_engine.errors import EngineError, RequestRefused
+from forebay_engine.request import Request
 from forebay_engine.wire import (
     Abort,
     Command,

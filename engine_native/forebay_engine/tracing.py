@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from forebay_engine.engine import Request, durations
+from forebay_engine.request import Request, durations
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

@@ -39,6 +39,10 @@ class Generate(Struct, frozen=True, kw_only=True, tag="generate"):
     fill_context: bool = False
     #: None: a random one for each choice.
     seed: int | None = None
+    #: Smaller ones run earlier; a level is worth ``scheduler.PATIENCE`` seconds of waiting.
+    priority: int = 0
+    #: Seconds from its arrival after which it fails, done or not; None: none.
+    timeout: float | None = None
     #: Texts, which are kept out with a space before them as well, or token ids.
     bad_words: list[str | list[int]] = []
     #: Only requests of the same salt share cached prefixes.
@@ -142,10 +146,14 @@ class Embedded(Struct, frozen=True, tag="embedded"):
 
 
 class Failed(Struct, frozen=True, tag="failed"):
-    """``refused``: the request's fault; ``loading``: too early; ``failed``: a defect of ours."""
+    """A request came to nothing.
+
+    ``refused``: its own fault; ``loading``: too early; ``deadline``: its ``timeout`` is over;
+    ``failed``: a defect of ours.
+    """
 
     id: int
-    kind: Literal["refused", "loading", "failed"]
+    kind: Literal["refused", "loading", "deadline", "failed"]
     message: str
     param: str | None = None
 

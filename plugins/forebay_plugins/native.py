@@ -89,6 +89,11 @@ class NativeSettings(BackendSettings, kw_only=True, frozen=True):
     """Embeddings from the last hidden state or their mean; `auto`: as the model's folder says."""
     threads: int = 0
     """Compute threads; 0: the engine measures and chooses."""
+    speculation: Literal["none", "ngram"] = "none"
+    """Where guesses of the next tokens come from: `ngram`: what followed the last tokens where they
+    occurred before. Guesses change how fast an answer comes, not what it says."""
+    speculation_tokens: int = 8
+    """Most guesses verified in a step for each sequence."""
     exports_traces: bool = True
     """The engine exports spans of its own; false: none, they are synthesised from its timings."""
 
@@ -243,6 +248,8 @@ class NativeAdapter(Adapter):
             prefix_cache=settings.prefix_cache,
             pooling=settings.pooling,
             threads=settings.threads,
+            speculation=settings.speculation,
+            speculation_tokens=settings.speculation_tokens,
         )
 
     def _folder(self) -> Path:

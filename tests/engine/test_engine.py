@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +16,12 @@ import pytest
 from forebay_engine.cache import CacheGroup
 from forebay_engine.chat import ChatTemplate
 from forebay_engine.config import EngineConfig
-from forebay_engine.engine import Engine, Request
+from forebay_engine.costs import StepCosts
+from forebay_engine.engine import Engine
 from forebay_engine.errors import RequestRefused, StartRefused
+from forebay_engine.request import Request
 from forebay_engine.sequence import FinishReason, SamplingParams
-from forebay_engine.step import NO_TOKEN, Sampled, StepPlan, StepResult
+from forebay_engine.step import NO_TOKEN, Row, Sampled, StepPlan, StepResult
 from forebay_engine.tokenizer import Tokenizer
 from forebay_engine.wire import Accepted, Done, Event, Failed, Generate, Output
 
@@ -35,6 +37,7 @@ class Playback:
     vocab_size = 261
     max_model_len = 512
     eos_token_ids = frozenset({EOS})
+    step_costs = StepCosts((1,), (1.0,))
 
     def __init__(self, text: str, num_blocks: int = 64) -> None:
         self.cache_groups = (CacheGroup(num_blocks),)
@@ -46,24 +49,33 @@ class Playback:
 
     def execute(self, plan: StepPlan) -> StepResult:
         assert self.go.wait(20)
-        sampled = []
-        for row in plan.rows:
-            if row.sample:
-                at = len(row.token_ids) - row.num_prompt
-                token = self.tokens[at] if at < len(self.tokens) else EOS
-                if at == 0:
-                    self.seeds.append(row.sampling.seed)
-                wanted = row.sampling.logprobs
-                top = ((token, -0.5), (EOS, -1.5))[: wanted or 0]
-                sampled.append(Sampled(row.seq_id, token, None if wanted is None else -0.5, top))
-        return StepResult(tuple(sampled))
+        return StepResult(
+            tuple(item for row in plan.rows if row.sample for item in self._drawn(row))
+        )
+
+    def _drawn(self, row: Row) -> Iterator[Sampled]:
+        at = len(row.token_ids) - row.num_prompt
+        if at == 0:
+            self.seeds.append(row.sampling.seed)
+        wanted = row.sampling.logprobs
+        for guess in [*row.draft, None]:
+            token = self.tokens[at] if at < len(self.tokens) else EOS
+            top = ((token, -0.5), (EOS, -1.5))[: wanted or 0]
+            yield Sampled(row.seq_id, token, None if wanted is None else -0.5, top)
+            if guess != token:
+                return
+            at += 1
 
 
 @asynccontextmanager
 async def serving(
-    runner: Playback, ended: Callable[[Request], None] = lambda request: None
+    runner: Playback,
+    ended: Callable[[Request], None] = lambda request: None,
+    speculation: str = "none",
 ) -> AsyncIterator[Engine]:
-    config = EngineConfig(model=str(MODEL), max_step_tokens=16, max_sequences=8)
+    config = EngineConfig(
+        model=str(MODEL), max_step_tokens=16, max_sequences=8, speculation=speculation
+    )
     engine = Engine(runner, TOKENIZER, ChatTemplate.from_folder(MODEL), config, ended)
     task = asyncio.create_task(engine.run())
     try:
@@ -121,6 +133,44 @@ async def test_an_answer_ends_before_its_end_token() -> None:
 async def test_an_answer_ends_at_its_length_and_not_within_a_character() -> None:
     text, reason, done = await answer_to("ab😀", max_tokens=4)
     assert (text, reason, done.completion_tokens) == ("ab", FinishReason.LENGTH, 4)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"max_tokens": 21},
+        {"min_tokens": 40},
+        {"ignore_eos": True},
+        {"stop": ("END",)},
+        {"stop": ("bcEN",)},
+        {"stop": ("abc",), "min_tokens": 9},
+        {"stop": ("zzz",)},
+        {"stop_token_ids": (TOKENIZER.encode("E", special=False)[0],)},
+        {"logprobs": 1},
+    ],
+)
+async def test_guesses_change_nothing_of_an_answer(sampling: dict[str, Any]) -> None:
+    """Not where it ends either, in the middle of guesses that came true."""
+    found = []
+    for speculation in ("none", "ngram"):
+        text = "abcabcabcabcENDabcabcENDabcabcabcENDabc"
+        async with serving(Playback(text), speculation=speculation) as engine:
+            outputs, done = await answer(engine, command("ab", **sampling))
+            accepted = engine.scheduler.counters.accepted_tokens
+        assert (accepted > 0) == (speculation == "ngram")
+        found.append(
+            (
+                "".join(output.text for output in outputs),
+                [token_id for output in outputs for token_id in output.token_ids],
+                [item for output in outputs for item in output.logprobs],
+                outputs[-1].finish_reason,
+                done.completion_tokens,
+            )
+        )
+    assert found[0] == found[1]
+    # Usage counts what was said, and nothing that was drawn behind it.
+    assert len(found[1][1]) == found[1][4]
 
 
 async def test_text_that_was_held_back_comes_with_the_end() -> None:
@@ -366,6 +416,19 @@ async def test_an_abort_in_the_middle_leaves_the_others_alone() -> None:
 def test_a_context_beyond_the_cache_stops_the_start() -> None:
     config = EngineConfig(model=str(MODEL), max_model_len=300)
     with pytest.raises(StartRefused, match=r"max_model_len is 300, .* 256 tokens \(64 blocks of 4"):
+        Engine(Playback(""), TOKENIZER, None, config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"speculation": "magic"}, "'magic'; it must be none or ngram"),
+        ({"speculation": "ngram", "speculation_tokens": 0}, "0; it must be at least 1"),
+    ],
+)
+def test_guesses_from_nowhere_stop_the_start(settings: dict[str, Any], sentence: str) -> None:
+    config = EngineConfig(model=str(MODEL), **settings)
+    with pytest.raises(StartRefused, match=sentence):
         Engine(Playback(""), TOKENIZER, None, config)
 
 

@@ -16,6 +16,8 @@ from forebay_engine.config import EngineConfig
 from forebay_engine.engine import Engine
 from forebay_engine.runner import Runner
 from forebay_engine.sequence import SamplingParams
+from forebay_engine.speculation import Guess
+from forebay_engine.step import Row
 from forebay_engine.tokenizer import Tokenizer
 from forebay_engine.wire import Done, Event, Generate, Output
 
@@ -147,3 +149,57 @@ async def test_a_drawn_text_does_not_depend_on_its_neighbours(
     small = replace(config, max_step_tokens=3)
     cut, _ = await answers(runner, small, PROMPTS, sampling)
     assert cut == together
+
+
+class Oracle:
+    """Guesses what the answers are known to be, and every fourth token something else."""
+
+    def __init__(self, prompts: list[list[int]], answers: list[list[int]]) -> None:
+        self._answers = dict(zip(map(tuple, prompts), answers, strict=True))
+
+    def guess(self, row: Row, most: int) -> Guess:
+        answer = self._answers[tuple(row.token_ids[: row.num_prompt])]
+        spoken = len(row.token_ids) - row.num_prompt
+        return Guess(tuple(answer[at] ^ (at % 4 == 0) for at in range(spoken, spoken + most)), 8)
+
+    def forget(self, seq_id: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma2", "phi3", "gpt2", "opt"]
+)
+async def test_guesses_change_no_token(
+    family: str, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right ones and wrong ones, across page borders, in a cache that is too small for all."""
+    config = EngineConfig(
+        model=str(tiny_checkpoint(family)),
+        dtype="float32",
+        max_model_len=64,
+        block_size=4,
+        num_blocks=18,
+        threads=1,
+    )
+    prompts = [[2, 17, 200], SHARED, [300], SHARED[:33]]
+    greedy = SamplingParams(temperature=0.0, max_tokens=16, min_tokens=16)
+    drawn = SamplingParams(
+        temperature=0.8,
+        top_p=0.9,
+        presence_penalty=0.5,
+        repetition_penalty=1.2,
+        max_tokens=16,
+        ignore_eos=True,
+    )
+    runner = Runner(config)
+    for sampling in (greedy, drawn):
+        without, _ = await answers(runner, config, prompts, sampling)
+        oracle = Oracle(prompts, without)
+        monkeypatch.setattr("forebay_engine.proposers.PromptLookup", lambda oracle=oracle: oracle)
+        guessing = replace(config, speculation="ngram", speculation_tokens=5)
+        found, engine = await answers(runner, guessing, prompts, sampling)
+        assert found == without
+        counters = engine.scheduler.counters
+        assert 20 < counters.accepted_tokens < counters.drafted_tokens
+        # Where every layer slides, pages come back before they run out.
+        assert counters.preempted > 0 or family in ("mistral", "phi3")

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from forebay_engine.blocks import RELEASED
 from forebay_engine.sequence import FinishReason, SamplingParams, Sequence
 from forebay_engine.step import StepPlan, StepResult
-from shadow_runner import ShadowRunner, expected, finish, make_scheduler
+from shadow_runner import ShadowRunner, expected, finish, guessing, make_scheduler
 
 prompts = st.lists(st.integers(0, 2), min_size=1, max_size=9)
 samplings = st.builds(
@@ -37,6 +37,8 @@ class Serving(RuleBasedStateMachine):
         sequences=st.integers(1, 5),
         prefix_cache=st.booleans(),
         windows=windows,
+        guesses=st.integers(0, 5),
+        seed=st.integers(0, 99),
     )
     def boot(
         self,
@@ -46,6 +48,8 @@ class Serving(RuleBasedStateMachine):
         sequences: int,
         prefix_cache: bool,
         windows: tuple[int | None, ...],
+        guesses: int,
+        seed: int,
     ) -> None:
         self.scheduler = make_scheduler(
             blocks=blocks,
@@ -54,7 +58,9 @@ class Serving(RuleBasedStateMachine):
             sequences=sequences,
             prefix_cache=prefix_cache,
             windows=windows,
+            speculation=guessing(seed, guesses) if guesses else None,
         )
+        self.guesses = guesses
         self.budget, self.limit = budget, sequences
         self.runner = ShadowRunner(block_size, windows)
         self.alive: dict[int, Sequence] = {}
@@ -126,7 +132,10 @@ class Serving(RuleBasedStateMachine):
         ran = [e.sequence.id for e in self.scheduler._running if e.sequence.id in before]
         assert set(ran[:1]) <= {row.seq_id for row in plan.rows}
         for row in plan.rows:
-            assert row.sample == (row.start + row.count == len(row.token_ids))
+            known = len(row.token_ids)
+            assert row.sample == (row.start + row.count - len(row.draft) == known)
+            # Guesses end before the answer does: one token is drawn behind them.
+            assert known + len(row.draft) < row.num_prompt + row.sampling.max_tokens
         self.nobody_was_passed_over(before)
         self.flying = plan, [tuple(map(tuple, row.block_tables)) for row in plan.rows]
 
@@ -189,7 +198,7 @@ class Serving(RuleBasedStateMachine):
         for entry in self.scheduler._running:
             for group, table in zip(cache.groups, entry.pages.tables, strict=True):
                 held = len(table) - table.count(RELEASED)
-                tokens = len(entry.sequence.token_ids)
+                tokens = len(entry.sequence.token_ids) + self.guesses
                 assert held <= group.most_pages(tokens, self.budget, cache.block_size)
 
     @invariant()

@@ -13,6 +13,7 @@ import numpy as np
 
 from forebay_engine.cache import CacheGroup
 from forebay_engine.config import EngineConfig
+from forebay_engine.costs import StepCosts
 from forebay_engine.process import main
 from forebay_engine.step import Pooled, Row, Sampled, StepPlan, StepResult
 
@@ -25,6 +26,7 @@ class EchoRunner:
     vocab_size = 261
     max_model_len = 4096
     eos_token_ids = frozenset({EOS})
+    step_costs = StepCosts((1,), (1.0,))
 
     def __init__(self, config: EngineConfig) -> None:
         self.block_size = config.block_size

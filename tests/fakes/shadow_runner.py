@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from random import Random
 
 from forebay_engine.cache import CacheGroup, KVCache
+from forebay_engine.costs import StepCosts
 from forebay_engine.scheduler import Scheduler
 from forebay_engine.sequence import SamplingParams
+from forebay_engine.speculation import Guess, Speculation
 from forebay_engine.step import Row, Sampled, StepPlan, StepResult
 
 EOS = 9
@@ -86,6 +89,7 @@ def make_scheduler(
     model_len: int = 100,
     prefix_cache: bool = True,
     windows: Items[int | None] = (None,),
+    speculation: Speculation | None = None,
 ) -> Scheduler:
     groups = [CacheGroup(blocks, window) for window in windows]
     return Scheduler(
@@ -94,7 +98,30 @@ def make_scheduler(
         max_sequences=sequences,
         max_model_len=model_len,
         eos_token_ids=frozenset({EOS}),
+        speculation=speculation,
     )
+
+
+class Guesser:
+    """Guesses right or wrong by chance, whatever came before."""
+
+    def __init__(self, seed: int) -> None:
+        self._chance = Random(seed)
+
+    def guess(self, row: Row, most: int) -> Guess:
+        tokens = list(row.token_ids)
+        for _ in range(self._chance.randint(0, most)):
+            right = self._chance.random() < 0.7
+            tokens.append(drawn(tuple(tokens)) if right else self._chance.randrange(10))
+        return Guess(tuple(tokens[len(row.token_ids) :]), self._chance.randrange(9))
+
+    def forget(self, seq_id: int) -> None:
+        pass
+
+
+def guessing(seed: int, most: int) -> Speculation:
+    """Verifies all guesses: steps cost the same, however large."""
+    return Speculation(Guesser(seed), StepCosts((1,), (1.0,)), most, frozenset({EOS}))
 
 
 def run(scheduler: Scheduler, runner: ShadowRunner) -> Iterator[StepPlan]:

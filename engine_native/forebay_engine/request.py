@@ -1,0 +1,67 @@
+"""A request as the engine knows it: its choices, their text so far, and its times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from forebay_engine.detokenizer import Detokenizer, StopStrings
+from forebay_engine.errors import RequestRefused
+from forebay_engine.scheduler import MAX_PRIORITY
+from forebay_engine.sequence import Sequence
+from forebay_engine.wire import Event, Generate, Logprob
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """One sequence of a request, and its text so far."""
+
+    request: Request
+    index: int
+    sequence: Sequence
+    text: Detokenizer
+    stops: StopStrings
+    #: Tokens whose text is still held back.
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A generation; the times are :func:`time.monotonic`, None: not reached."""
+
+    command: Generate
+    emit: Callable[[Event], None]
+    prompt_tokens: int
+    submitted: float
+    choices: list[Choice] = field(default_factory=list)
+    open: int = 0
+    admitted: float | None = None
+    first_token: float | None = None
+    ended: float | None = None
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(choice.sequence.num_output for choice in self.choices)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Each prompt counts once, by its first choice."""
+        return sum(choice.sequence.num_cached for choice in self.choices[:: self.command.n])
+
+
+def durations(request: Request) -> tuple[float, float, float]:
+    """Seconds in the queue, until the first token, and until the end, of an ended request."""
+    ended = request.ended if request.ended is not None else request.submitted
+    admitted = request.admitted if request.admitted is not None else ended
+    first = request.first_token if request.first_token is not None else ended
+    return admitted - request.submitted, max(0.0, first - admitted), ended - first
+
+
+def refuse_priority(priority: int) -> None:
+    """:raises RequestRefused: it is out of range; without one, no bound on waiting would hold."""
+    if abs(priority) > MAX_PRIORITY:
+        raise RequestRefused(
+            f"priority is {priority}; it must be within -{MAX_PRIORITY} and {MAX_PRIORITY}",
+            "priority",
+        )

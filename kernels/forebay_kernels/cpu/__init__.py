@@ -1,0 +1,8 @@
+"""Operators for CPUs in C++ (``native/``), compiled for this machine when they are first needed."""
+
+from __future__ import annotations
+
+from forebay_kernels.cpu.library import available, set_threads
+from forebay_kernels.cpu.linear import PackedLinear, pack
+
+__all__ = ["PackedLinear", "available", "pack", "set_threads"]

@@ -1,0 +1,83 @@
+"""The compiled kernels as functions: what ``native/kernels.cpp`` exports, with its types."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from forebay_kernels.cpu.compiler import CannotCompile, compiled
+
+#: ``auto``: compiled where they can be; ``torch``: never; ``compiled``: always, or an error.
+CHOICE = "FOREBAY_CPU_KERNELS"
+#: Types that the kernels know.
+DTYPES = (torch.float32, torch.bfloat16)
+
+log = logging.getLogger(__name__)
+
+
+class DenseMatrix(Structure):
+    """Packed weights of a linear layer."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        ("panels", c_void_p),
+        ("bias", c_void_p),  # [out] float32, or None
+        ("out", c_int64),
+        ("into", c_int64),
+    ]
+
+
+_INT, _LONG, _POINTER, _FLOAT = c_int32, c_int64, c_void_p, c_float
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "threads": (None, [_INT]),
+    "packed_bytes": (_LONG, [_LONG, _LONG]),
+    "huge_pages": (None, [_POINTER, _LONG]),
+    "pack": (None, [_POINTER, _LONG, _LONG, _LONG, _POINTER]),
+    "linear": (
+        None,
+        [POINTER(DenseMatrix), _INT, _POINTER, _LONG, _LONG, _POINTER, _LONG],
+    ),
+}
+
+
+@cache
+def library() -> Any:
+    """The kernels, or None where they are not wanted or cannot be had, which is logged once.
+
+    :raises CannotCompile: ``FOREBAY_CPU_KERNELS=compiled``, but they can't be.
+    """
+    choice = os.environ.get(CHOICE, "auto")
+    if choice not in ("auto", "torch", "compiled"):
+        raise CannotCompile(f"{CHOICE}={choice!r} is not one of auto, torch, compiled")
+    if choice == "torch":
+        return None
+    try:
+        found = ctypes.CDLL(str(compiled()))
+    except (CannotCompile, OSError) as error:
+        if choice == "compiled":
+            raise CannotCompile(f"{CHOICE}=compiled, but {error}") from error
+        log.warning("the CPU kernels are torch's, which are slower: %s", error)
+        return None
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = found[f"forebay_{name}"]
+        function.restype, function.argtypes = result, arguments
+        setattr(found, name, function)
+    return found
+
+
+def available(x: Tensor) -> bool:
+    """Whether the kernels can take this tensor."""
+    return x.is_cpu and x.dtype in DTYPES and library() is not None
+
+
+def set_threads(threads: int) -> None:
+    """Share each operator among so many threads, the caller's one of them."""
+    kernels = library()
+    if kernels is not None:
+        kernels.threads(threads)

@@ -1,0 +1,116 @@
+"""The compiled linear layers against float64, and what happens where they can't be compiled."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from forebay_kernels import cpu
+from forebay_kernels.cpu import compiler
+from forebay_kernels.cpu.linear import PackedLinear
+from forebay_kernels.matrix import Dense
+
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3}
+
+#: (out, in): whole panels, remains of both, a single column, less than a vector.
+SHAPES = [(64, 64), (100, 62), (33, 640), (1, 17), (31, 3), (96, 33)]
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: Any) -> Any:
+    cpu.set_threads(request.param)
+    yield request.param
+    cpu.set_threads(1)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dense(shape: tuple[int, int], dtype: torch.dtype, threads: int) -> None:
+    weight, bias = random(*shape, seed=1).to(dtype), random(shape[0], seed=2).to(dtype)
+    for number, biased in ((1, True), (2, False), (7, True), (12, False), (13, True), (40, True)):
+        # A view of a wider tensor whose other columns are NaN.
+        wide = torch.full((number, shape[1] + 3), float("nan")).to(dtype)
+        x = wide[:, 1 : shape[1] + 1].copy_(random(number, shape[1]).to(dtype))
+        got = PackedLinear(Dense(weight), bias if biased else None)(x)
+        want = x.double() @ weight.double().T + (bias.double() if biased else 0.0)
+        assert got.dtype == dtype
+        assert (got.double() - want).abs().max() <= TOLERANCE[dtype] * want.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_the_rows_beside_it(dtype: torch.dtype, threads: int) -> None:
+    layer = PackedLinear(Dense(random(200, 130, seed=1).to(dtype)), None)
+    x = random(37, 130).to(dtype)
+    together = layer(x)
+    assert torch.equal(together, torch.cat([layer(row[None]) for row in x]))
+    assert torch.equal(together[5:19], layer(x[5:19]))
+
+
+def test_what_does_not_fit_is_named() -> None:
+    layer = PackedLinear(Dense(random(8, 16)), None)
+    with pytest.raises(ValueError, match=r"float32 \[2, 15\] for torch.float32 \[.., 16\]"):
+        layer(random(2, 15))
+    with pytest.raises(ValueError, match="bfloat16"):
+        layer(random(2, 16).bfloat16())
+
+
+def test_it_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def compile_(name: str, path: Path) -> None:
+        calls.append(name)
+        path.write_bytes(b"library")
+
+    monkeypatch.setattr(compiler, "_compile", compile_)
+    first, second = (compiler.compiled(tmp_path / "new") for _ in range(2))
+    assert first == second
+    assert len(calls) == 1
+    monkeypatch.setattr(compiler, "_processor", lambda: "another")
+    assert compiler.compiled(tmp_path / "new") != first
+
+
+def test_without_a_compiler_the_reason_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(compiler.CannotCompile, match="there is no C\\+\\+ compiler"):
+        compiler.compiled(tmp_path)
+    (tmp_path / "c++").write_text("#!/bin/sh\necho no such option >&2; exit 1\n")
+    (tmp_path / "c++").chmod(0o755)
+    with pytest.raises(compiler.CannotCompile, match="no such option"):
+        compiler.compiled(tmp_path)
+    assert not list(tmp_path.glob("*.so"))
+
+
+ASK = """
+import torch
+from forebay_kernels import cpu
+print(cpu.available(torch.zeros(1)))
+"""
+
+
+def test_the_choice_is_the_environments(tmp_path: Path) -> None:
+    def asked(**environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", ASK]
+        settings = {"PYTHONPATH": ":".join(sys.path), "XDG_CACHE_HOME": str(tmp_path)}
+        return subprocess.run(
+            command, env={**settings, **environment}, capture_output=True, text=True
+        )
+
+    assert asked(FOREBAY_CPU_KERNELS="torch", PATH="/usr/bin").stdout == "False\n"
+    without = asked(PATH="")
+    assert without.stdout == "False\n"
+    assert "no C++ compiler" in without.stderr
+    assert "compiled, but there is no C++" in asked(PATH="", FOREBAY_CPU_KERNELS="compiled").stderr
+    assert "one of auto, torch, compiled" in asked(FOREBAY_CPU_KERNELS="fast").stderr
