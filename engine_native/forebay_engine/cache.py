@@ -99,6 +99,12 @@ class KVCache:
         return max(pool.in_use / pool.num_blocks for pool in self.pools)
 
     @property
+    def cached(self) -> float:
+        """Share of the pages that hold a prefix and are held by nobody, 0 to 1."""
+        pages = sum(pool.num_blocks for pool in self.pools)
+        return sum(pool.cached for pool in self.pools) / pages
+
+    @property
     def evicted(self) -> int:
         return sum(pool.evicted for pool in self.pools)
 

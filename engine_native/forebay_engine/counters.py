@@ -20,6 +20,7 @@ class Counters:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     computed_tokens: int = 0
+    generated_tokens: int = 0
     #: Guesses that were verified, and those of them that came true.
     drafted_tokens: int = 0
     accepted_tokens: int = 0

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from hashlib import blake2b
 from itertools import count
 from pathlib import Path
 from typing import Literal, Protocol
@@ -25,10 +23,11 @@ from forebay_engine.costs import StepCosts
 from forebay_engine.detokenizer import Detokenizer, StopStrings
 from forebay_engine.errors import RequestRefused, StartRefused
 from forebay_engine.isolation import Outcome, execute
+from forebay_engine.metrics import Metrics
 from forebay_engine.pooling import Pooler, settle_pooling
 from forebay_engine.prompts import PromptEncoder
 from forebay_engine.proposers import settle_speculation
-from forebay_engine.request import Choice, Request, durations, refuse_priority
+from forebay_engine.request import Choice, Request, durations, refuse_priority, seed_of
 from forebay_engine.scheduler import Scheduler
 from forebay_engine.sequence import FinishReason, SamplingParams, Sequence
 from forebay_engine.step import NO_TOKEN, Sampled, StepPlan, StepResult
@@ -101,6 +100,7 @@ class Engine:
         self._encoder = PromptEncoder(tokenizer, template, runner.vocab_size)
         self._choices: dict[int, Choice] = {}
         self._ids = count()
+        self.metrics = Metrics()
         self.pooling = settle_pooling(config.pooling, Path(config.model))
         self._pooler = Pooler(
             self.scheduler, self._ids, self.pooling, max_model_len=self.max_model_len
@@ -268,7 +268,7 @@ class Engine:
         first, command = len(request.choices), request.command
         deadline = None if command.timeout is None else request.submitted + command.timeout
         for index in range(first, first + command.n):
-            own = replace(sampling, seed=_seed(command.seed, index))
+            own = replace(sampling, seed=seed_of(command.seed, index))
             sequence = Sequence(
                 next(self._ids), prompt, own, command.priority, request.submitted, deadline
             )
@@ -290,11 +290,10 @@ class Engine:
 
     def _advance(self, choice: Choice, drawn: list[Sampled]) -> None:
         """Take a choice's next tokens, and send what text is certain by now."""
-        sequence, request = choice.sequence, choice.request
-        if request.first_token is None:
-            request.first_token = time.monotonic()
+        sequence = choice.sequence
+        self.metrics.tokens(choice, len(drawn))
         if drawn[-1].token_id == NO_TOKEN:
-            self._fail(request, "refused", _NOTHING_ALLOWED)
+            self._fail(choice.request, "refused", _NOTHING_ALLOWED)
             return
         # A token that stops is no part of the text.
         stopped = sequence.finish_reason is FinishReason.STOP
@@ -356,6 +355,7 @@ class Engine:
         if request.open:
             return
         self._end(request)
+        self.metrics.ended(request)
         queue, prefill, decode = durations(request)
         request.emit(
             Done(
@@ -372,14 +372,6 @@ class Engine:
     def _end(self, request: Request) -> None:
         request.ended = time.monotonic()
         self._on_end(request)
-
-
-def _seed(seed: int | None, index: int) -> int:
-    """The seed of a choice, 63 bits: choices differ, and are the same in every run of a seed."""
-    if seed is None:
-        return secrets.randbits(63)
-    digest = blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def _context(runner: StepRunner, config: EngineConfig) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
 from forebay_engine.detokenizer import Detokenizer, StopStrings
 from forebay_engine.errors import RequestRefused
@@ -24,6 +26,8 @@ class Choice:
     #: Tokens whose text is still held back.
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
+    #: When the last token came.
+    last_token: float | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -65,3 +69,11 @@ def refuse_priority(priority: int) -> None:
             f"priority is {priority}; it must be within -{MAX_PRIORITY} and {MAX_PRIORITY}",
             "priority",
         )
+
+
+def seed_of(seed: int | None, index: int) -> int:
+    """The seed of a choice, 63 bits: choices differ, and are the same in every run of a seed."""
+    if seed is None:
+        return secrets.randbits(63)
+    digest = blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -223,6 +223,7 @@ class Scheduler:
                 self.counters.count_guesses(entry.sequence, len(row.draft), accepted)
             if row.sample:
                 taken = self._append(entry, sampled[row.seq_id])
+                self.counters.generated_tokens += len(taken)
                 progress.append((entry.sequence, taken))
             elif row.pooling is not None and not entry.missing:
                 entry.sequence.finish_reason = FinishReason.STOP
@@ -369,7 +370,7 @@ class Scheduler:
             sequence.num_computed += number > 0
             if sampled.token_id != NO_TOKEN:
                 sequence.token_ids.append(sampled.token_id)
-            if self._ends(sampled.token_id, sequence):
+            if sequence.ends_with(sampled.token_id, self._eos):
                 sequence.finish_reason = FinishReason.STOP
             elif sampled.token_id == NO_TOKEN:
                 sequence.finish_reason = FinishReason.ERROR
@@ -379,14 +380,6 @@ class Scheduler:
                 self.counters.count_end(sequence.finish_reason)
                 return drawn[: number + 1]
         return drawn
-
-    def _ends(self, token_id: int, sequence: Sequence) -> bool:
-        sampling = sequence.sampling
-        if sequence.num_output < sampling.min_tokens:
-            return False
-        if token_id in sampling.stop_token_ids:
-            return True
-        return token_id in self._eos and not sampling.ignore_eos
 
     def _forget(self, entry: _Entry) -> None:
         del self._entries[entry.sequence.id]

@@ -89,3 +89,12 @@ class Sequence:
     @property
     def num_output(self) -> int:
         return len(self.token_ids) - len(self.prompt_ids)
+
+    def ends_with(self, token_id: int, eos_token_ids: frozenset[int]) -> bool:
+        """Whether the token, its newest, is one that ends it."""
+        sampling = self.sampling
+        if self.num_output < sampling.min_tokens:
+            return False
+        if token_id in sampling.stop_token_ids:
+            return True
+        return token_id in eos_token_ids and not sampling.ignore_eos

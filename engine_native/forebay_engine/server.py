@@ -46,6 +46,7 @@ class Server:
         self._engine: Engine | None = None
         self._config: EngineConfig | None = None
         self._version = _version()
+        self._connections: set[_Connection] = set()
 
     def open(self, engine: Engine, config: EngineConfig) -> None:
         self._engine, self._config = engine, config
@@ -53,6 +54,7 @@ class Server:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, to its end; what it started and left open is aborted."""
         connection = _Connection(self, writer)
+        self._connections.add(connection)
         frames = FrameReader()
         decoder = msgspec.msgpack.Decoder(Command)
         try:
@@ -64,6 +66,7 @@ class Server:
         except ConnectionError:
             log.info("a client has gone")
         finally:
+            self._connections.discard(connection)
             connection.close()
             writer.close()
 
@@ -86,7 +89,14 @@ class Server:
             waiting=scheduler.waiting,
             kv_usage=scheduler.cache.usage,
             embeds=engine.pooling is not None,
-            counters=scheduler.counters.as_dict(),
+            counters=scheduler.counters.as_dict() | {"evicted": scheduler.cache.evicted},
+            gauges={
+                "kv_fragmentation": scheduler.fragmentation,
+                "kv_cached": scheduler.cache.cached,
+                "open_requests": sum(len(other.requests) for other in self._connections),
+                "tasks": len(asyncio.all_tasks()),
+            },
+            distributions=engine.metrics.read(),
         )
 
 
@@ -96,7 +106,7 @@ class _Connection:
     def __init__(self, server: Server, writer: asyncio.StreamWriter) -> None:
         self._server = server
         self._writer = writer
-        self._requests: dict[int, asyncio.Task[Request | None]] = {}
+        self.requests: dict[int, asyncio.Task[Request | None]] = {}
 
     def take(self, command: Command) -> None:
         match command:
@@ -105,12 +115,12 @@ class _Connection:
             case Abort(id):
                 self._abort(id)
             case Generate() | Embed() | Tokenize() | Detokenize():
-                if command.id in self._requests:
+                if command.id in self.requests:
                     raise EngineError(f"id {command.id} is in use")
                 self._start(command)
 
     def close(self) -> None:
-        for id in list(self._requests):
+        for id in list(self.requests):
             self._abort(id)
 
     def _start(self, command: Work) -> None:
@@ -120,7 +130,7 @@ class _Connection:
                 self._send(Failed(command.id, "failed", f"the engine failed: {error}"))
 
         task = asyncio.create_task(self._begin(command))
-        self._requests[command.id] = task
+        self.requests[command.id] = task
         task.add_done_callback(report)
 
     async def _begin(self, command: Work) -> Request | None:
@@ -145,13 +155,13 @@ class _Connection:
 
     def _send(self, event: Event) -> None:
         if isinstance(event, _LAST):
-            self._requests.pop(event.id, None)
+            self.requests.pop(event.id, None)
         if not self._writer.is_closing():
             self._writer.write(frame(event))
 
     def _abort(self, id: int) -> None:
         """Drop a request, while its prompt is still being encoded or at any later time."""
-        task = self._requests.pop(id, None)
+        task = self.requests.pop(id, None)
         if task is None:
             return
         if not task.done():

@@ -158,6 +158,14 @@ class Failed(Struct, frozen=True, tag="failed"):
     param: str | None = None
 
 
+class Distribution(Struct, frozen=True, array_like=True):
+    """How often a value lay at or below each bound, and above the one before; then, above all."""
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    sum: float
+
+
 class Status(Struct, frozen=True, kw_only=True, tag="status"):
     id: int = 0
     state: Literal["loading", "ready"]
@@ -174,6 +182,10 @@ class Status(Struct, frozen=True, kw_only=True, tag="status"):
     generates: bool = True
     #: Totals since the start, by name.
     counters: dict[str, int] = {}
+    #: How things stand, by name.
+    gauges: dict[str, float] = {}
+    #: Of times, since the start.
+    distributions: dict[str, Distribution] = {}
 
 
 Command = Generate | Embed | Tokenize | Detokenize | Abort | GetStatus

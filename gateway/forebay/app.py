@@ -10,7 +10,7 @@ from litestar.types import ASGIApp
 
 from forebay.access import Access
 from forebay.admission import Admission
-from forebay.api import AdapterContext
+from forebay.api import AdapterContext, Load
 from forebay.backend import Backend
 from forebay.config import Config
 from forebay.dispatch import Dispatch
@@ -86,6 +86,7 @@ class App:
                 load_age=backend.load_age(),
                 cached_blocks=cache.blocks if cache else None,
                 cached_tokens=cache.tokens if cache else None,
+                figures=reading or Load(),
             )
 
 

@@ -17,6 +17,7 @@ from forebay.api import (
     BackendFailed,
     BackendRefused,
     BackendSettings,
+    BackendTimeout,
     Capabilities,
     ConfigError,
     ConnectFailed,
@@ -45,6 +46,7 @@ from forebay.api import (
 from forebay_engine.client import (
     ENGINE_COMMAND,
     Accepted,
+    DeadlinePassed,
     Detokenize,
     Done,
     Embed,
@@ -58,6 +60,7 @@ from forebay_engine.client import (
     Status,
     Tokenize,
 )
+from forebay_plugins.native_load import load_of
 from forebay_plugins.native_request import FIELDS, generate_command, message_fields, unsupported
 from forebay_plugins.openai_errors import code_of
 
@@ -131,6 +134,8 @@ class NativeAdapter(Adapter):
         except RequestRefused as error:
             param, code = _param(error, request), code_of(error.message)
             raise BackendRefused(error.message, param=param, code=code) from error
+        except DeadlinePassed as error:
+            raise BackendTimeout("total", attempt.timeouts.total) from error
         except EngineDied as error:
             if started:
                 raise StreamTruncated(error.message) from error
@@ -206,8 +211,7 @@ class NativeAdapter(Adapter):
         )
 
     async def load(self) -> Load | None:
-        status = await self._status()
-        return Load(running=status.running, waiting=status.waiting, kv_usage=status.kv_usage)
+        return load_of(await self._status())
 
     async def aclose(self) -> None:
         client, self._client = self._client, None

@@ -38,6 +38,8 @@ class Fields(Struct, kw_only=True, frozen=True):
     allowed_token_ids: tuple[int, ...] = ()
     #: As text-generation-inference and transformers call it; vLLM has none.
     typical_p: float = 1.0
+    #: Smaller ones run earlier.
+    priority: int = 0
 
 
 #: Their names: what ``GenerateRequest.extra`` may have.
@@ -60,6 +62,8 @@ def generate_command(request: GenerateRequest, attempt: Attempt) -> Generate:
         fill_context=chat and request.sampling.max_tokens is None,
         seed=request.sampling.seed,
         bad_words=further.bad_words,
+        priority=further.priority,
+        timeout=attempt.timeouts.total or None,
         salt=request.identity.tenant,
         traceparent=attempt.headers.get("traceparent", ""),
     )

@@ -7,7 +7,7 @@ import pytest
 from msgspec import structs
 from prometheus_client.parser import text_string_to_metric_families
 
-from forebay.api import AttemptRecord, Decision, Identity, Outcome, Usage
+from forebay.api import AttemptRecord, Decision, Distribution, Identity, Load, Outcome, Usage
 from forebay.telemetry.metrics import FleetRow, Metrics
 
 DOC = Path(__file__).parents[2] / "docs" / "observability.md"
@@ -213,9 +213,29 @@ def test_every_metric_is_documented_and_every_documented_one_exists() -> None:
     for family in complete().registry.collect():
         exposed.add(f"{family.name}_total" if family.type == "counter" else family.name)
     documented = set(re.findall(r"^\| `((?:forebay|process)_[a-z_]+)`", DOC.read_text(), re.M))
-    # What a process says of itself depends on the platform; ours are exact.
+    # What a process says of itself depends on the platform; ours are exact. What engines tell of
+    # themselves is compared where they are.
     assert exposed <= documented
-    assert {n for n in documented if n.startswith("forebay_")} <= exposed
+    ours = {name for name in documented if name.startswith("forebay_")}
+    assert {name for name in ours if not name.startswith("forebay_engine_")} <= exposed
+
+
+def test_figures_of_engines_are_shown_under_their_own_names() -> None:
+    times = Distribution((0.5, 2.0), (3, 0, 1), 9.5)
+    figures = Load(
+        counters={"preemptions": 7}, gauges={"odd name!": 0.5}, distributions={"wait": times}
+    )
+    metrics = Metrics([])
+    metrics.watch_fleet(lambda: [FleetRow(backend=name, figures=figures) for name in "ab"])
+    found = samples(metrics)
+    for backend in "ab":
+        assert found[f"forebay_engine_preemptions_total{{backend={backend}}}"] == 7
+        assert found[f"forebay_engine_odd_name_{{backend={backend}}}"] == 0.5
+        assert found[f"forebay_engine_wait_sum{{backend={backend}}}"] == 9.5
+        assert found[f"forebay_engine_wait_count{{backend={backend}}}"] == 4
+    text = metrics.render().decode()
+    for bound, count in (("0.5", 3), ("2.0", 3), ("+Inf", 4)):
+        assert f'forebay_engine_wait_bucket{{backend="a",le="{bound}"}} {count}.0' in text
 
 
 def test_spans_and_observers_are_shown() -> None:

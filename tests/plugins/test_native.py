@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
@@ -20,6 +21,7 @@ from forebay.api import (
     BackendBusy,
     BackendError,
     BackendRefused,
+    BackendTimeout,
     ConfigError,
     ConnectFailed,
     ContentPart,
@@ -36,6 +38,7 @@ from forebay.api import (
     Started,
     StreamTruncated,
     Text,
+    Timeouts,
     TokenizeRequest,
     Tokens,
     Upstream,
@@ -288,6 +291,37 @@ def test_each_further_field_has_its_place_in_the_command() -> None:
     assert command.bad_words == ["no", [5, 6]]
     assert command.sampling == SamplingParams(
         logit_bias={7: 1.5}, allowed_token_ids=(1, 2), typical_p=0.5, skip_special_tokens=False
+    )
+
+
+async def test_priority_and_the_time_of_the_attempt_reach_the_engine() -> None:
+    request = with_fields(completion("a"), priority=-3)
+    command = generate_command(request, Attempt(timeouts=Timeouts(total=2.5)))
+    assert (command.priority, command.timeout) == (-3, 2.5)
+    assert generate_command(request, Attempt(timeouts=Timeouts(total=0))).timeout is None
+    async with native("slow") as adapter:
+        with pytest.raises(BackendRefused, match="priority is 101"):
+            await collect(adapter, with_fields(completion("a"), priority=101))
+        hasty = Attempt(timeouts=Timeouts(total=0.1))
+        with pytest.raises(BackendTimeout) as late:
+            async for _ in adapter.stream(completion("abc", max_tokens=100), hasty):
+                pass
+        assert (late.value.phase, late.value.retryable) == ("total", False)
+
+
+async def test_what_the_engine_tells_of_itself_is_documented_and_nothing_else() -> None:
+    async with native() as adapter:
+        await collect(adapter, completion("abcdef", max_tokens=4))
+        load = await adapter.load()
+    assert load is not None
+    assert load.counters["generation_tokens"] == 4
+    assert load.counters["prefix_cache_queries"] == load.counters["prompt_tokens"] == 7
+    assert sum(load.distributions["time_to_first_token_seconds"].counts) == 1
+    assert sum(load.distributions["inter_token_latency_seconds"].counts) == 3
+    told = {f"{name}_total" for name in load.counters} | {*load.gauges, *load.distributions}
+    text = (FAKES.parents[1] / "docs" / "observability.md").read_text()
+    assert {f"forebay_engine_{name}" for name in told} == set(
+        re.findall(r"^\| `(forebay_engine_[a-z_]+)`", text, re.M)
     )
 
 

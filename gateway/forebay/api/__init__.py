@@ -10,6 +10,7 @@ from forebay.api.adapter import (
     AdapterKind,
     BackendSettings,
     Capabilities,
+    Distribution,
     HttpBackendSettings,
     Load,
 )
@@ -127,6 +128,7 @@ __all__ = [
     "Decision",
     "Delta",
     "DetokenizeRequest",
+    "Distribution",
     "EmbedRequest",
     "Embeddings",
     "Endpoint",

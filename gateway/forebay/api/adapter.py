@@ -25,6 +25,7 @@ __all__ = [
     "AdapterKind",
     "BackendSettings",
     "Capabilities",
+    "Distribution",
     "HttpBackendSettings",
     "Load",
 ]
@@ -96,6 +97,14 @@ class Capabilities(Struct, frozen=True, kw_only=True):
     fields: frozenset[str] = frozenset()
 
 
+class Distribution(Struct, frozen=True):
+    """How often a value lay at or below each bound and above the one before; then, above all."""
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    sum: float
+
+
 class Load(Struct, frozen=True, kw_only=True):
     """A backend's own view of its load. ``None``: it does not say."""
 
@@ -105,6 +114,11 @@ class Load(Struct, frozen=True, kw_only=True):
     kv_usage: float | None = None
     #: Seconds since the backend said so.
     age: float = 0.0
+    #: What else is worth watching, by names of lower-case letters, digits and underscores; shown
+    #: as metrics ``forebay_engine_*``: totals since its start, how things stand, distributions.
+    counters: Mapping[str, float] = {}
+    gauges: Mapping[str, float] = {}
+    distributions: Mapping[str, Distribution] = {}
 
 
 class AdapterContext(Struct, frozen=True, kw_only=True):

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
 
 from msgspec import Struct
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+
+from forebay.api import Distribution, Load
+
+#: What a metric's name can't have.
+_UNFIT = re.compile(r"[^a-z0-9_]")
 
 
 class FleetRow(Struct, frozen=True, kw_only=True):
@@ -25,6 +36,8 @@ class FleetRow(Struct, frozen=True, kw_only=True):
     #: What is known to lie in its prefix cache.
     cached_blocks: int | None = None
     cached_tokens: int | None = None
+    #: What else it tells.
+    figures: Load = Load()
 
 
 _FLEET = (
@@ -61,6 +74,36 @@ def fleet_gauges(rows: Iterable[FleetRow]) -> list[Metric]:
                 family.add_metric([row.backend], float(value))
         families.append(family)
     return families
+
+
+def engine_figures(rows: Iterable[FleetRow]) -> list[Metric]:
+    """What backends tell beyond the common figures, each under its own name."""
+    counts: dict[str, CounterMetricFamily] = {}
+    gauges: dict[str, GaugeMetricFamily] = {}
+    histograms: dict[str, HistogramMetricFamily] = {}
+    for row in rows:
+        for name, value in row.figures.counters.items():
+            if name not in counts:
+                counts[name] = CounterMetricFamily(_own(name), "Total", labels=["backend"])
+            counts[name].add_metric([row.backend], value)
+        for name, value in row.figures.gauges.items():
+            if name not in gauges:
+                gauges[name] = GaugeMetricFamily(_own(name), "Now", labels=["backend"])
+            gauges[name].add_metric([row.backend], value)
+        for name, found in row.figures.distributions.items():
+            if name not in histograms:
+                histograms[name] = HistogramMetricFamily(_own(name), "Times", labels=["backend"])
+            histograms[name].add_metric([row.backend], _buckets(found), found.sum)
+    return [*counts.values(), *gauges.values(), *histograms.values()]
+
+
+def _own(name: str) -> str:
+    return "forebay_engine_" + _UNFIT.sub("_", name)
+
+
+def _buckets(found: Distribution) -> list[tuple[str, float]]:
+    bounds = [*(str(float(bound)) for bound in found.bounds), "+Inf"]
+    return list(zip(bounds, accumulate(found.counts), strict=True))
 
 
 def queue_gauge(depths: Mapping[str, int]) -> Metric:

@@ -21,7 +21,14 @@ from prometheus_client import (
 from prometheus_client.metrics_core import Metric
 
 from forebay.api import Decision, Outcome
-from forebay.telemetry.gauges import FleetRow, Reading, counters, fleet_gauges, queue_gauge
+from forebay.telemetry.gauges import (
+    FleetRow,
+    Reading,
+    counters,
+    engine_figures,
+    fleet_gauges,
+    queue_gauge,
+)
 
 __all__ = ["FleetRow", "Metrics"]
 
@@ -135,6 +142,7 @@ class Metrics:
     def watch_fleet(self, views: Callable[[], Iterable[FleetRow]]) -> None:
         """Show the backends as ``views`` has them at each scrape."""
         self.registry.register(Reading(lambda: fleet_gauges(views())))
+        self.registry.register(Reading(lambda: engine_figures(views())))
 
     def watch_queues(self, depths: Callable[[], Mapping[str, int]]) -> None:
         """Show how many requests wait, by model."""
