@@ -28,9 +28,10 @@ format: set-up-dev ## format the code and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: set-up-dev ## write docs/configuration.md from the types, docs/backends.md from the reports
+docs: set-up-dev ## write what of docs/ comes from types, from reports, and from runs of the engine's scheduler
 	$(BIN)/python scripts/generate_config_docs.py
 	$(BIN)/python scripts/generate_backends_doc.py
+	$(BIN)/python scripts/draw_engine.py
 
 conformance: set-up-dev ## put the conformance kit before all fakes, and write down what it finds
 	$(BIN)/python scripts/examine_fakes.py $(ARGS)
