@@ -280,7 +280,9 @@ def test_lengths_of_published_traces(tmp_path: Path, name: str, text: str) -> No
     path = tmp_path / name
     path.write_text(text)
     assert read_lengths(path) == [418, 11]
-    assert found(f"pages {BIG} --trace {path} --block 32")["blocks of 32"] == 429 / (15 * 32)
+    lines = found(f"pages {BIG} --trace {path} --block 32")
+    assert lines["blocks of 32"] == 429 / (15 * 32)
+    assert lines["no blocks: each reserves the longest"] == 429 / (2 * 418)
 
 
 def test_weights_in_each_format() -> None:
