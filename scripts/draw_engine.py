@@ -15,15 +15,14 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from forebay_engine.costs import StepCosts
-from forebay_engine.prompt_lookup import PromptLookup
-from forebay_engine.speculation import Speculation
-
 from forebay_engine.blocks import RELEASED
 from forebay_engine.cache import CacheGroup, KVCache
+from forebay_engine.costs import StepCosts
+from forebay_engine.prompt_lookup import PromptLookup
 from forebay_engine.scheduler import Scheduler
 from forebay_engine.sequence import SamplingParams
 from forebay_engine.sequence import Sequence as Tokens
+from forebay_engine.speculation import Speculation
 from forebay_engine.step import Row, Sampled, StepResult
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
