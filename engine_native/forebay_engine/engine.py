@@ -56,6 +56,8 @@ class StepRunner(Protocol):
     block_size: int
     max_model_len: int
     vocab_size: int
+    #: It draws tokens: there is an output layer.
+    generates: bool
     eos_token_ids: frozenset[int]
     step_costs: StepCosts
 
@@ -101,7 +103,13 @@ class Engine:
         self._choices: dict[int, Choice] = {}
         self._ids = count()
         self.metrics = Metrics()
+        self.generates = runner.generates
         self.pooling = settle_pooling(config.pooling, Path(config.model))
+        if not self.generates and self.pooling is None:
+            raise StartRefused(
+                f"{config.model} has no output layer, so it can give embeddings only: set pooling "
+                "to last or mean"
+            )
         self._pooler = Pooler(
             self.scheduler, self._ids, self.pooling, max_model_len=self.max_model_len
         )
@@ -113,6 +121,8 @@ class Engine:
 
         :raises RequestRefused: it can't be served; nothing is queued.
         """
+        if not self.generates:
+            raise RequestRefused("this model gives embeddings only", "model")
         submitted = time.monotonic()
         prompts = await asyncio.to_thread(self._encoder.encode, command)
         refuse_priority(command.priority)

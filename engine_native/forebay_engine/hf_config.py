@@ -51,6 +51,8 @@ class ModelShape:
     """What must be known of a decoder to run it, whoever computes its layers."""
 
     architecture: str
+    #: Stored without its output layer, as embedding models are.
+    headless: bool
     vocab_size: int
     num_layers: int
     num_kv_heads: int
@@ -97,6 +99,16 @@ class ModelConfig(ModelShape):
     data: Mapping[str, Any] = field(compare=False, repr=False)
 
 
+#: Decoders stored without their output layer, as embedding models are.
+HEADLESS = {
+    "Gemma2Model": "Gemma2ForCausalLM",
+    "Gemma3TextModel": "Gemma3ForCausalLM",
+    "LlamaModel": "LlamaForCausalLM",
+    "MistralModel": "MistralForCausalLM",
+    "Phi3Model": "Phi3ForCausalLM",
+    "Qwen2Model": "Qwen2ForCausalLM",
+    "Qwen3Model": "Qwen3ForCausalLM",
+}
 #: What a family's files may leave out, since transformers has it as the class's default.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "Gemma2ForCausalLM": {
@@ -173,7 +185,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _parse(data: dict[str, Any], ends: frozenset[int]) -> ModelConfig:
     _refuse_unsupported(data)
-    architecture = (data.get("architectures") or ["none"])[0]
+    named = (data.get("architectures") or ["none"])[0]
+    architecture = HEADLESS.get(named, named)
     data = {**_DEFAULTS.get(architecture, {}), **data}
     for old, new in _RENAMED.get(architecture, {}).items():
         data[new] = data[old]
@@ -183,6 +196,7 @@ def _parse(data: dict[str, Any], ends: frozenset[int]) -> ModelConfig:
     longest = max(data["max_position_embeddings"], _stretched(full))
     return ModelConfig(
         architecture=architecture,
+        headless=named in HEADLESS,
         vocab_size=data["vocab_size"],
         hidden_size=data["hidden_size"],
         intermediate_size=data["intermediate_size"] or 4 * data["hidden_size"],

@@ -53,6 +53,7 @@ class Runner:
         ):
             self._model: Model = build_model(shape, weights)
         self.vocab_size = shape.vocab_size
+        self.generates = not shape.headless
         self.eos_token_ids = shape.eos_token_ids
         self._windows = [group.window for group in self.cache_groups]
         pages = {group.window: group.num_blocks for group in self.cache_groups}
@@ -120,7 +121,7 @@ class Runner:
             start=0,
             count=1,
             block_tables=((0,),) * len(self._windows),
-            sample=True,
+            sample=self.generates,
             sampling=SamplingParams(temperature=0.0),
             num_prompt=1,
         )

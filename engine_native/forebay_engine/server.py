@@ -89,6 +89,7 @@ class Server:
             waiting=scheduler.waiting,
             kv_usage=scheduler.cache.usage,
             embeds=engine.pooling is not None,
+            generates=engine.generates,
             counters=scheduler.counters.as_dict() | {"evicted": scheduler.cache.evicted},
             gauges={
                 "kv_fragmentation": scheduler.fragmentation,

@@ -26,6 +26,8 @@ from forebay_kernels.matrix import Dense, Matrix
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+#: The embedding's name where the decoder itself was stored; in a model with a head it is a part.
+_EMBEDDING = "embed_tokens.weight"
 #: The output layer's name in every family that stores one.
 _HEAD = "lm_head"
 
@@ -56,6 +58,8 @@ class Weights:
                 raise ModelError(f"{path}: cannot be read as safetensors: {error}") from error
             names: list[str] = file.keys()
             self._read.update({name: partial(file.get_tensor, name) for name in names})
+        if _EMBEDDING in self._read:  # a decoder that was stored without its output layer
+            self._read = {f"model.{name}": read for name, read in self._read.items()}
         self._format = read_format(self.folder)
         self._left = set(self._read)
         return self

@@ -36,6 +36,7 @@ class Playback:
     block_size = 4
     vocab_size = 261
     max_model_len = 512
+    generates = True
     eos_token_ids = frozenset({EOS})
     step_costs = StepCosts((1,), (1.0,))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -137,6 +138,28 @@ async def test_refusals_name_the_field(
         with pytest.raises(RequestRefused, match=message) as refusal:
             await engine.embed(Embed(inputs=inputs))
         assert refusal.value.param == param
+
+
+async def test_a_decoder_without_its_head_embeds_and_does_nothing_else(
+    tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    import transformers as hf
+
+    whole = tiny_checkpoint("gemma3")
+    model: Any = hf.AutoModel.from_pretrained(whole, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    shutil.copy(whole / "tokenizer.json", tmp_path)
+    with pytest.raises(StartRefused, match="no output layer"):
+        async with embedding(tmp_path):
+            pass
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    async with embedding(tmp_path) as engine:
+        found = await engine.embed(Embed(inputs=list(INPUTS)))
+        for vector, wanted in zip(found.vectors, expected(whole, "mean"), strict=True):
+            np.testing.assert_allclose(np.frombuffer(vector, "<f4"), wanted, atol=1e-5)
+        with pytest.raises(RequestRefused, match="embeddings only"):
+            await engine.submit(Generate(prompts=["a"]), lambda event: None)
 
 
 async def test_a_model_that_writes_gives_no_embeddings_unasked(tiny_checkpoint: Checkpoint) -> None:

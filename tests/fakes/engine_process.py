@@ -25,6 +25,7 @@ class EchoRunner:
 
     vocab_size = 261
     max_model_len = 4096
+    generates = True
     eos_token_ids = frozenset({EOS})
     step_costs = StepCosts((1,), (1.0,))
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import forebay_kernels as kernels
 from forebay_engine.hf_config import (
+    HEADLESS,
     ModelConfig,
     ModelError,
     TransformersShape,
@@ -74,7 +75,7 @@ def read_shape(folder: Path, model_impl: str) -> ModelConfig | TransformersShape
     if model_impl not in IMPLEMENTATIONS:
         raise ModelError(f"model_impl {model_impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     architecture = read_architecture(folder)
-    ours = architecture in ARCHITECTURES
+    ours = HEADLESS.get(architecture, architecture) in ARCHITECTURES
     if model_impl == "native" and not ours:
         raise ModelError(
             f"config.json: architecture {architecture!r} has no class of its own; these have: "

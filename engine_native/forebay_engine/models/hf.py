@@ -63,6 +63,7 @@ def _shape(folder: Path, architecture: str, config: Any) -> TransformersShape:
     kinds = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
     return TransformersShape(
         architecture=architecture,
+        headless=False,
         vocab_size=config.vocab_size,
         num_layers=config.num_hidden_layers,
         num_kv_heads=1 if getattr(config, "multi_query", False) else kv_heads,
