@@ -41,6 +41,9 @@ e2e: set-up-dev model ## install real servers and clients if need be, and drive 
 	scripts/backends/backends.sh install model llamacpp vllm triton clients
 	$(BIN)/pytest -m e2e -v tests/e2e $(ARGS)
 
+soak: set-up-dev ## 10,000 requests with aborts through the native engine; prints what it found
+	$(BIN)/pytest -m soak -s -q tests/engine/test_soak.py $(ARGS)
+
 bench: set-up-dev ## measure the relay beside Envoy and vllm-router
 	scripts/backends/backends.sh install envoy vllm-router
 	$(BIN)/python benchmarks/relay.py $(ARGS)
