@@ -41,7 +41,13 @@ _GRACE = 3.0
 log = logging.getLogger("forebay_engine")
 
 
-def load_runner(config: EngineConfig) -> StepRunner:
+#: Builds the runner of a configuration, telling the share of the weights that has been read.
+MakeRunner = Callable[[EngineConfig, Callable[[float], None]], StepRunner]
+
+
+def load_runner(
+    config: EngineConfig, progress: Callable[[float], None] = lambda share: None
+) -> StepRunner:
     """The real one; imports torch.
 
     :raises StartRefused: the model does not fit, or is none that we can serve.
@@ -51,7 +57,7 @@ def load_runner(config: EngineConfig) -> StepRunner:
     from forebay_engine.runner import Runner
 
     try:
-        runner = Runner(config)
+        runner = Runner(config, progress)
     except ModelError as error:
         raise StartRefused(str(error)) from error
     log.info("weights loaded, warming up")
@@ -70,7 +76,7 @@ def set_up_threads(threads: int) -> None:
 async def serve(
     config: EngineConfig,
     socket: Path,
-    make_runner: Callable[[EngineConfig], StepRunner],
+    make_runner: MakeRunner,
     watch_stdin: bool,
 ) -> NoReturn:
     """Serve until told to end, and exit."""
@@ -99,7 +105,7 @@ async def serve(
 async def _work(
     server: Server,
     config: EngineConfig,
-    make_runner: Callable[[EngineConfig], StepRunner],
+    make_runner: MakeRunner,
     tracing: Tracing | None,
 ) -> None:
     """Load, then step for ever."""
@@ -110,7 +116,7 @@ async def _work(
         raise StartRefused(f"{folder} is no model folder: there is no config.json in it")
     tokenizer = await asyncio.to_thread(Tokenizer.from_folder, folder)
     template = ChatTemplate.from_folder(folder)
-    runner = await asyncio.to_thread(make_runner, config)
+    runner = await asyncio.to_thread(make_runner, config, _Loading(server))
     on_end = tracing.record if tracing is not None else lambda request: None
     engine = Engine(runner, tokenizer, template, config, on_end)
     log.info(
@@ -122,6 +128,20 @@ async def _work(
     )
     server.open(engine, config)
     await engine.run()
+
+
+class _Loading:
+    """Tells how far the weights are read: the server at once, the log at most once a second."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._logged = time.monotonic()
+
+    def __call__(self, share: float) -> None:
+        self._server.loaded = min(1.0, share)
+        if time.monotonic() - self._logged >= 1.0:
+            self._logged = time.monotonic()
+            log.info("loading: %.0f %% of the weights are read", 100 * self._server.loaded)
 
 
 def _named(group: CacheGroup) -> str:
@@ -166,7 +186,7 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def main(make_runner: Callable[[EngineConfig], StepRunner] = load_runner) -> None:
+def main(make_runner: MakeRunner = load_runner) -> None:
     """Run the command line; tests pass a runner of their own."""
 
     @click.command()

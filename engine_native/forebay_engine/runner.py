@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,10 @@ log = logging.getLogger(__name__)
 class Runner:
     """A loaded model that executes step plans; building one reads the weights (seconds)."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(
+        self, config: EngineConfig, progress: Callable[[float], None] = lambda share: None
+    ) -> None:
+        """``progress`` is told the share of the weights that has been read, 0 to 1."""
         folder = Path(config.model).expanduser()
         shape = read_shape(folder, config.model_impl)
         self._device = torch.device("cpu")
@@ -48,7 +52,7 @@ class Runner:
         self.max_model_len = _max_model_len(config, shape, self.cache_groups)
         shape = replace(shape, served_length=self.max_model_len)
         with (
-            Weights(folder, self._dtype, self._device, config.quantization) as weights,
+            Weights(folder, self._dtype, self._device, config.quantization, progress) as weights,
             torch.inference_mode(),
         ):
             self._model: Model = build_model(shape, weights)

@@ -46,6 +46,8 @@ class Server:
         self._engine: Engine | None = None
         self._config: EngineConfig | None = None
         self._version = _version()
+        #: Share of the weights that has been read, 0 to 1.
+        self.loaded = 0.0
         self._connections: set[_Connection] = set()
 
     def open(self, engine: Engine, config: EngineConfig) -> None:
@@ -77,7 +79,7 @@ class Server:
     def status(self, id: int) -> Status:
         engine, config = self._engine, self._config
         if engine is None or config is None:
-            return Status(id=id, state="loading", version=self._version)
+            return Status(id=id, state="loading", version=self._version, loaded=self.loaded)
         scheduler = engine.scheduler
         return Status(
             id=id,

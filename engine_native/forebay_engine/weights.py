@@ -36,9 +36,17 @@ class Weights:
     """An open checkpoint; use as a context manager, and call ``finish`` when all is taken."""
 
     def __init__(
-        self, folder: Path, dtype: torch.dtype, device: torch.device, quantization: str = "none"
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: str = "none",
+        progress: Callable[[float], None] = lambda share: None,
     ) -> None:
-        """``quantization``: what plainly stored layers become; ``none``, ``int8`` or ``int4``."""
+        """``quantization``: what plainly stored layers become; ``none``, ``int8`` or ``int4``.
+
+        ``progress`` is told the share of the files' bytes that has been handed out, 0 to 1.
+        """
         if quantization != "none" and quantization not in ON_LOAD:
             raise ModelError(f"quantization {quantization!r} is not one of none, int8, int4")
         self.folder = folder
@@ -49,9 +57,12 @@ class Weights:
         self._read: dict[str, Callable[[], Tensor]] = {}  # by tensor name
         self._left: set[str] = set()
         self._open = ExitStack()
+        self._progress = progress
+        self._bytes = self._taken = 0
 
     def __enter__(self) -> Weights:
         for path in _files(self.folder):
+            self._bytes += path.stat().st_size if path.is_file() else 0
             try:
                 file = self._open.enter_context(safe_open(path, framework="pt"))
             except (SafetensorError, OSError) as error:
@@ -82,6 +93,8 @@ class Weights:
             raise ModelError(f"{self.folder}: the tensor {name} {what}")
         self._left.discard(name)
         tensor = self._read[name]()
+        self._taken += tensor.nbytes
+        self._progress(self._taken / self._bytes)
         if shape and tuple(tensor.shape) != shape:
             raise ModelError(
                 f"{self.folder}: {name} has the shape {list(tensor.shape)}, "

@@ -170,6 +170,8 @@ class Status(Struct, frozen=True, kw_only=True, tag="status"):
     id: int = 0
     state: Literal["loading", "ready"]
     version: str = ""
+    #: While loading: share of the weights that has been read, 0 to 1.
+    loaded: float = 0.0
     #: Tokens of prompt and answer together.
     max_model_len: int = 0
     max_sequences: int = 0

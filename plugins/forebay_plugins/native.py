@@ -198,7 +198,10 @@ class NativeAdapter(Adapter):
     async def probe(self) -> Capabilities:
         status = await self._status()
         if status.state == "loading":
-            raise BackendBusy("the model is being loaded", code="loading", retry_after=1.0)
+            share = f"{100 * status.loaded:.0f} % of its weights are read"
+            raise BackendBusy(
+                f"the model is being loaded: {share}", code="loading", retry_after=1.0
+            )
         return Capabilities(
             endpoints=_endpoints(status),
             logprobs=True,

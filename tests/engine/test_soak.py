@@ -59,8 +59,17 @@ def ask(prompt: list[int], params: SamplingParams, **asked: object) -> Generate:
 MIX: dict[str, tuple[int, Callable[[Random], Generate]]] = {
     "short": (6, lambda r: ask(tokens(r, 1, 12), sampling(r))),
     "long": (2, lambda r: ask(tokens(r, 100, 180), sampling(r))),
+    "long answer": (
+        2,
+        lambda r: ask(tokens(r, 1, 30), sampling(r, max_tokens=r.randint(40, 80), ignore_eos=True)),
+    ),
     "shared prefix": (6, lambda r: ask([*r.choice(SHARED), *tokens(r, 1, 9)], sampling(r))),
-    "asked before": (4, lambda r: ask(r.choice(SHARED)[: r.randint(9, 60)], sampling(r))),
+    "asked before": (
+        6,
+        lambda r: ask(
+            r.choice(SHARED)[: r.choice((9, 60))], sampling(r, max_tokens=r.choice((4, 16)))
+        ),
+    ),
     "choices": (
         3,
         lambda r: ask(tokens(r, 5, 60), sampling(r, temperature=1.0), n=r.randint(2, 4), seed=7),
@@ -207,7 +216,7 @@ async def soak(folder: Path, count: int, speculation: str) -> dict[str, object]:
         model=str(folder),
         dtype="float32",
         block_size=8,
-        num_blocks=56,
+        num_blocks=40,
         max_model_len=256,
         max_step_tokens=96,
         max_sequences=16,
@@ -239,7 +248,7 @@ async def soak(folder: Path, count: int, speculation: str) -> dict[str, object]:
         assert counters["failed"] == 0
         # Some are dropped before they are let in, nobody is counted twice.
         assert counters["admitted"] <= sum(over)
-        assert run.repeated > count // 100
+        assert run.repeated > 0
         assert sum(run.ends.values()) == count
         assert run.kinds.keys() == MIX.keys()
         return {

@@ -92,3 +92,14 @@ def test_an_index_cannot_reach_outside_its_folder(sharded: Path) -> None:
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match="names files outside the folder"), opened(sharded):
         pass
+
+
+def test_progress_is_told_to_the_last_tensor(sharded: Path) -> None:
+    told: list[float] = []
+    with Weights(sharded, torch.float32, CPU, progress=told.append) as weights:
+        weights.take("a", 2, 3)
+        weights.take("b", 4)
+    # Of the files' bytes, which are headers for the most part here.
+    assert told == sorted(told)
+    assert [round(share / told[-1], 2) for share in told] == [0.6, 1.0]
+    assert 0 < told[0] < told[1] < 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -29,12 +30,13 @@ class EchoRunner:
     eos_token_ids = frozenset({EOS})
     step_costs = StepCosts((1,), (1.0,))
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, progress: Callable[[float], None]) -> None:
         self.block_size = config.block_size
         self.cache_groups = (CacheGroup(config.num_blocks or 64),)
         self.max_model_len = config.max_model_len or self.max_model_len
         self.mode = os.environ.get("FAKE_ENGINE", "")
         self.drawn = 0
+        progress(0.4)
         if self.mode == "loading":
             time.sleep(600)
 

@@ -489,6 +489,10 @@ async def test_while_it_loads_it_is_busy() -> None:
         with pytest.raises(BackendBusy) as busy:
             await adapter.probe()
         assert busy.value.code == "loading"
+        while "40 % of its weights are read" not in busy.value.message:
+            await asyncio.sleep(0.01)
+            with pytest.raises(BackendBusy) as busy:
+                await adapter.probe()
         assert busy.value.retry_after
 
 
