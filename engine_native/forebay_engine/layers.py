@@ -31,6 +31,19 @@ class RmsNorm:
     def __call__(self, x: Tensor) -> Tensor:
         return kernels.rms_norm(x, self._weight, self._eps)
 
+    def after(self, x: Tensor, added: Tensor, inner: RmsNorm | None = None) -> Tensor:
+        """Add ``added``, or the ``inner`` norm of it, to ``x`` in place, and norm the sum."""
+        weight = None if inner is None else inner._weight
+        return kernels.add_rms_norm(x, added, weight, self._weight, self._eps)
+
+    @property
+    def weight(self) -> Tensor:
+        return self._weight
+
+    @property
+    def eps(self) -> float:
+        return self._eps
+
 
 class LayerNorm:
     """Norm by mean and variance; weight and bias ``[n]`` or neither."""
@@ -86,16 +99,17 @@ class Attention:
     ) -> Tensor:
         heads, kv_heads = self._heads, self._kv_heads
         batch = batch.within(self._window)
-        qkv = self._qkv(x).view(len(x), heads + 2 * kv_heads, self._head_dim)
-        rotated, value = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-        if self._norm is not None:
-            rotated = self._norm(rotated)
-        if angles is not None:
-            rotated = angles.rotate(rotated)
-        query, key = rotated[:, :heads], rotated[:, heads:]
-        kernels.kv_store(key, value, cache.keys, cache.values, batch.slots)
         found = kernels.paged_attention(
-            query,
+            kernels.prepare_qkv(
+                self._qkv(x).view(len(x), heads + 2 * kv_heads, self._head_dim),
+                kv_heads,
+                None if self._norm is None else self._norm.weight,
+                0.0 if self._norm is None else self._norm.eps,
+                None if angles is None else (angles.cos, angles.sin),
+                cache.keys,
+                cache.values,
+                batch.slots,
+            ),
             cache.keys,
             cache.values,
             batch,

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import forebay_kernels as kernels
 from forebay_engine.hf_config import ModelConfig, Rope
 
 
@@ -23,14 +22,6 @@ class Angles:
 
     cos: Tensor  # [tokens, rotated / 2] float32
     sin: Tensor  # [tokens, rotated / 2] float32
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """``[tokens, heads, head_dim]`` with the first ``rotated`` dimensions of heads rotated."""
-        rotated = 2 * self.cos.shape[1]
-        if rotated == x.shape[2]:
-            return kernels.rope(x, self.cos, self.sin)
-        turned = kernels.rope(x[..., :rotated], self.cos, self.sin)
-        return torch.cat((turned, x[..., rotated:]), dim=-1)
 
 
 class Rotary:

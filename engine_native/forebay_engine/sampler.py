@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import forebay_kernels as kernels
 from forebay_engine.logits import (
     allow_only,
     bias,
@@ -79,8 +80,7 @@ def _likeliest(logits: Tensor, rows: Items[Row]) -> list[int]:
     """The token of the largest logit at each place, if any row is greedy."""
     if all(row.sampling.temperature > 0 for row in rows):
         return []
-    # The first of equals, as argmax gives, in 0.27 ms a row of 262144 bf16 instead of 1.07.
-    return logits.max(-1).indices.tolist()
+    return kernels.argmax(logits).tolist()
 
 
 def _places(row: Row, allowed: Tensor | None) -> Iterator[Place]:

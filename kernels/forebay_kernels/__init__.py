@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from forebay_kernels.batch import PagedBatch
 from forebay_kernels.dispatch import (
+    add_rms_norm,
+    argmax,
     gelu_tanh_mul,
     kv_store,
     paged_attention,
+    prepare_qkv,
     rms_norm,
     rope,
     silu_mul,
@@ -14,9 +17,12 @@ from forebay_kernels.dispatch import (
 
 __all__ = [
     "PagedBatch",
+    "add_rms_norm",
+    "argmax",
     "gelu_tanh_mul",
     "kv_store",
     "paged_attention",
+    "prepare_qkv",
     "rms_norm",
     "rope",
     "silu_mul",

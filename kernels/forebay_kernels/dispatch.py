@@ -7,11 +7,36 @@ from torch import Tensor
 
 from forebay_kernels import eager, reference
 from forebay_kernels.batch import PagedBatch
+from forebay_kernels.cpu import available
+from forebay_kernels.cpu import operators as compiled
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
     """Root-mean-square norm over the last axis; see ``reference.rms_norm``."""
+    if not unit_offset and weight.dim() == 1 and compiled.takes_rows(x):
+        return compiled.rms_norm(x, weight.float(), eps)
     return eager.rms_norm(x, weight, eps, unit_offset=unit_offset)
+
+
+def add_rms_norm(
+    x: Tensor, added: Tensor, inner: Tensor | None, outer: Tensor, eps: float
+) -> Tensor:
+    """``x += added``, or its norm if ``inner`` is a weight, in place; the norm of ``x`` comes back.
+
+    Both weights are ``[width]`` float32.
+    """
+    if compiled.takes_rows(x) and added.is_contiguous():
+        return compiled.add_rms_norm(x, added, inner, outer, eps)
+    x += added if inner is None else eager.rms_norm(added, inner, eps)
+    return eager.rms_norm(x, outer, eps)
+
+
+def argmax(x: Tensor) -> Tensor:
+    """The first of each row's largest elements: ``[rows, width] -> [rows]`` int64."""
+    if x.stride(-1) == 1 and available(x):
+        return compiled.argmax(x)
+    # As argmax, in 0.27 ms a row of 262144 bf16 instead of 1.07.
+    return x.max(-1).indices
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -21,17 +46,52 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def silu_mul(x: Tensor) -> Tensor:
     """SwiGLU's gate; see ``reference.silu_mul``."""
-    return eager.silu_mul(x)
+    return compiled.silu_mul(x) if compiled.takes_rows(x) else eager.silu_mul(x)
 
 
 def gelu_tanh_mul(x: Tensor) -> Tensor:
     """Gemma's gate; see ``reference.gelu_tanh_mul``."""
-    return eager.gelu_tanh_mul(x)
+    return compiled.gelu_tanh_mul(x) if compiled.takes_rows(x) else eager.gelu_tanh_mul(x)
 
 
 def kv_store(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     """Write a step's keys and values into the paged cache; see ``reference.kv_store``."""
     eager.kv_store(key, value, keys, values, slots)
+
+
+def prepare_qkv(
+    qkv: Tensor,  # [tokens, heads + 2 kv_heads, head_dim]
+    kv_heads: int,
+    norm: Tensor | None,  # [heads + kv_heads, head_dim] float32
+    eps: float,
+    angles: tuple[Tensor, Tensor] | None,  # cos and sin: [tokens, rotated / 2] float32
+    keys: Tensor,  # [kv_heads, pages, block_size, head_dim]
+    values: Tensor,  # [kv_heads, pages, block_size, head_dim]
+    slots: Tensor,  # [tokens] int64
+) -> Tensor:
+    """Norm and rotate queries and keys, store keys and values: the queries that attention takes.
+
+    ``qkv`` may be overwritten. Heads whose ``rotated`` is less than ``head_dim`` keep the rest.
+    """
+    heads = qkv.shape[1] - 2 * kv_heads
+    if compiled.takes_rows(qkv) and compiled.takes_cache(keys, qkv.shape[2]):
+        cos, sin = angles or (None, None)
+        compiled.prepare_qkv(qkv, kv_heads, norm, eps, cos, sin, keys, values, slots)
+        return qkv[:, :heads]
+    rotated, value = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+    if norm is not None:
+        rotated = eager.rms_norm(rotated, norm, eps)
+    if angles is not None:
+        rotated = _rotated(rotated, *angles)
+    kv_store(rotated[:, heads:], value, keys, values, slots)
+    return rotated[:, :heads]
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    rotated = 2 * cos.shape[1]
+    if rotated == x.shape[2]:
+        return rope(x, cos, sin)
+    return torch.cat((rope(x[..., :rotated], cos, sin), x[..., rotated:]), dim=-1)
 
 
 def paged_attention(
@@ -56,6 +116,11 @@ def paged_attention(
             window=window,
             softcap=softcap,
             sinks=sinks,
+        )
+    dense = query.stride()[1:] == (query.shape[2], 1)
+    if dense and not has_triton(query) and compiled.takes_cache(keys, query.shape[2]):
+        return compiled.paged_attention(
+            query, keys, values, batch, scale=scale, window=window, softcap=softcap
         )
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     first_row = 0

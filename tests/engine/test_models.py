@@ -127,7 +127,10 @@ def test_demo_model_answers_as_transformers_does(dtype: str, demo_model: Path) -
     model = reference_model(demo_model, getattr(torch, dtype))
     with torch.inference_mode():  # one pass: its greedy chain is ours if every next token is
         logits = model(torch.tensor([prompt + answer]), use_cache=False).logits[0]
-    assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+    logits = logits[len(prompt) - 1 : -1].float()
+    behind = logits.amax(-1) - logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+    # Logits between 16 and 32 are 0.125 apart in bfloat16, and each side rounds its own.
+    assert behind.max() <= (0.25 if dtype == "bfloat16" else 0.0)
 
 
 def test_gpt2_as_it_was_first_stored_is_the_same(

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from forebay_engine.hf_config import ModelConfig, read_config
-from forebay_engine.rotary import Angles, Rotary
-from forebay_kernels import rope
+from forebay_engine.rotary import Rotary
 
 SCALED: dict[str, dict[str, Any]] = {
     "default": {},
@@ -100,14 +99,6 @@ def test_angles_equal_transformers(name: str, partial: float, length: int, tmp_p
     assert half == int(8 * partial)
     torch.testing.assert_close(found.cos, cos[0, :, :half], atol=1e-4, rtol=0)
     torch.testing.assert_close(found.sin, sin[0, :, :half], atol=1e-4, rtol=0)
-
-
-def test_the_rest_of_a_head_is_left_as_it_is() -> None:
-    x = torch.randn(3, 2, 16)
-    angle = torch.randn(3, 4)
-    found = Angles(angle.cos(), angle.sin()).rotate(x)
-    assert torch.equal(found[..., 8:], x[..., 8:])
-    assert torch.equal(found[..., :8], rope(x[..., :8], angle.cos(), angle.sin()))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, later than here
 
-from forebay_kernels import PagedBatch
+from forebay_kernels import PagedBatch, dispatch
+from forebay_kernels.cpu import operators
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -38,6 +39,16 @@ MakeCase = Callable[..., Case]
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return DEVICE
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each test twice: with the compiled kernels, and without them."""
+    chosen: str = request.param
+    if chosen == "torch":
+        for module in (dispatch, operators):
+            monkeypatch.setattr(module, "available", lambda x: False)
+    return chosen
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def assert_near(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("unit_offset", [False, True])
 @pytest.mark.parametrize("shape", [(1, 64), (5, 123), (3, 7, 80)])
-def test_rms_norm(shape: tuple[int, ...], unit_offset: bool, dtype: torch.dtype) -> None:
+def test_rms_norm(path: str, shape: tuple[int, ...], unit_offset: bool, dtype: torch.dtype) -> None:
     x, weight = (3 * random(*shape)).to(dtype), random(shape[-1], seed=1)
     before = x.clone()
     got = kernels.rms_norm(x, weight, 1e-6, unit_offset=unit_offset)
@@ -73,8 +73,68 @@ def test_rope_turns_pairs_of_the_two_halves() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("width", [16, 37, 640])
+def test_add_rms_norm(path: str, width: int, normed: bool, dtype: torch.dtype) -> None:
+    x, added = random(70, width).to(dtype), random(70, width, seed=1).to(dtype)
+    inner, outer = random(width, seed=2), random(width, seed=3)
+    stream = x.clone()
+    got = kernels.add_rms_norm(stream, added, inner if normed else None, outer, 1e-6)
+    wide = added.double()
+    sum_ = x.double() + (reference.rms_norm(wide, inner.double(), 1e-6) if normed else wide)
+    assert_near(stream, sum_, dtype)
+    assert_near(got, reference.rms_norm(sum_, outer.double(), 1e-6), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_argmax_is_the_first_of_the_largest(path: str, dtype: torch.dtype) -> None:
+    x = -5.0 - random(3, 40_001).abs()
+    x[0, [16_384, 16_390, 39_999]] = -1.0
+    x[1, 40_000] = -1.0
+    x[2] = -float("inf")
+    found = kernels.argmax(x.to(dtype))
+    assert found.tolist() == [16_384, 40_000, 0]
+    # Rows of a wider tensor.
+    assert kernels.argmax(x.to(dtype)[:, 16_385:]).tolist() == [5, 23_615, 0]
+
+
+def qkv_case(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Five tokens of 4 heads on 2, of which the second is not stored; caches of NaN."""
+    qkv = random(5, 8, 24).to(dtype)
+    keys, values = (torch.full((2, 4, 3, 24), float("nan"), dtype=dtype) for _ in range(2))
+    return qkv, keys, values, torch.tensor([7, -1, 0, 11, 4])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("half", [0, 4, 12])
+@pytest.mark.parametrize("normed", [False, True])
+def test_prepare_qkv(path: str, normed: bool, half: int, dtype: torch.dtype) -> None:
+    qkv, keys, values, slots = qkv_case(dtype)
+    weight, angle = random(6, 24, seed=1), 10 * random(5, half, seed=2)
+    wide = qkv.double()
+    rotated, value = wide[:, :6], wide[:, 6:]
+    if normed:
+        rotated = reference.rms_norm(rotated, weight.double(), 1e-6)
+    if half:
+        cos, sin = angle.double().cos(), angle.double().sin()
+        turned = reference.rope(rotated[..., : 2 * half], cos, sin)
+        rotated = torch.cat((turned, rotated[..., 2 * half :]), -1)
+    angles = (angle.cos(), angle.sin()) if half else None
+    norm = weight if normed else None
+    found = kernels.prepare_qkv(qkv, 2, norm, 1e-6, angles, keys, values, slots)
+    assert_near(found, rotated[:, :4], dtype)
+    stored = slots >= 0
+    for cache, want in ((keys, rotated[:, 4:]), (values, value)):
+        flat = cache.flatten(1, 2).transpose(0, 1)
+        assert_near(flat[slots[stored]], want[stored], dtype)
+        others = torch.ones(12, dtype=torch.bool)
+        others[slots[stored]] = False
+        assert flat[others].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["silu_mul", "gelu_tanh_mul"])
-def test_gates(name: str, dtype: torch.dtype) -> None:
+def test_gates(path: str, name: str, dtype: torch.dtype) -> None:
     x = (4 * random(5, 246)).to(dtype)
     assert_near(getattr(kernels, name)(x), getattr(reference, name)(x.double()), dtype)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import forebay_kernels as kernels
-from forebay_kernels import dispatch, eager, gather, reference
+from forebay_kernels import cpu, dispatch, eager, gather, reference
 from forebay_kernels.paged_decode import decode_attention
 
 #: Relative error of the result in each type, and what bounds it: rounding of probabilities and sum.
@@ -41,7 +41,7 @@ def by_reference(case: Any, **settings: Any) -> Tensor:
 @pytest.mark.parametrize("window", [None, 1, 20, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mixed_batch(
-    make_case: Any, dtype: torch.dtype, window: int | None, softcap: float | None
+    path: str, make_case: Any, dtype: torch.dtype, window: int | None, softcap: float | None
 ) -> None:
     case = make_case(DECODES + CHUNKS, dtype=dtype)
     settings: dict[str, Any] = {"scale": 0.125, "window": window, "softcap": softcap}
@@ -52,7 +52,7 @@ def test_mixed_batch(
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 1), (6, 2), (8, 8), (14, 2)])
 @pytest.mark.parametrize("dim", [16, 80, 256])
-def test_mixed_batch_shapes(make_case: Any, heads: int, kv_heads: int, dim: int) -> None:
+def test_mixed_batch_shapes(path: str, make_case: Any, heads: int, kv_heads: int, dim: int) -> None:
     case = make_case(DECODES + CHUNKS, heads=heads, kv_heads=kv_heads, dim=dim, block_size=5)
     got = kernels.paged_attention(
         case.query, case.keys, case.values, case.batch, scale=dim**-0.5, window=30
@@ -100,6 +100,54 @@ def test_neighbouring_pages_are_read_in_place(make_case: Any) -> None:
     assert part.read(keys).data_ptr() == keys.data_ptr()
     got = kernels.paged_attention(case.query, keys, values, batch, scale=0.1)
     assert_near(got, by_reference(case, scale=0.1), torch.float32)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 1, 200, 300])
+def test_long_rows_are_read_in_spans(
+    path: str, make_case: Any, window: int | None, softcap: float | None
+) -> None:
+    rows = [(256, 1), (257, 1), (700, 1), (300, 100), (520, 9)]
+    case = make_case(rows, heads=3, kv_heads=1, dim=32, dtype=torch.bfloat16)
+    settings: dict[str, Any] = {"scale": 0.2, "window": window, "softcap": softcap}
+    got = kernels.paged_attention(case.query, case.keys, case.values, case.batch, **settings)
+    assert_near(got, by_reference(case, **settings), torch.bfloat16)
+
+
+def test_queries_may_lie_among_keys_and_values(path: str, make_case: Any) -> None:
+    """Attention takes the queries where the projection left them."""
+    case = make_case(DECODES + CHUNKS)
+    wide = torch.full((len(case.query), 9, 64), float("nan"))
+    wide[:, :4] = case.query
+    got = kernels.paged_attention(wide[:, :4], case.keys, case.values, case.batch, scale=0.1)
+    assert_near(got, by_reference(case, scale=0.1), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 40, 300])
+def test_a_query_depends_on_no_other(
+    make_case: Any, dtype: torch.dtype, window: int | None
+) -> None:
+    """Decoded, in a chunk, beside others, by one thread or three: the same bits."""
+    chunk = make_case([(640, 640)], dtype=dtype)
+    settings: dict[str, Any] = {"scale": 0.3, "window": window}
+    caches = chunk.keys, chunk.values
+    whole = kernels.paged_attention(chunk.query, *caches, chunk.batch, **settings)
+    ends = [1, 31, 255, 256, 257, 300, 511, 512, 513, 640]
+    batch = kernels.PagedBatch(
+        query_starts=tuple(range(len(ends) + 1)),
+        seq_lens=tuple(ends),
+        num_decodes=len(ends),
+        block_tables=chunk.batch.block_tables.expand(len(ends), -1).contiguous(),
+        lengths=torch.tensor(ends, dtype=torch.int32),
+        slots=torch.zeros(len(ends), dtype=torch.int64),
+    )
+    last = torch.tensor(ends) - 1
+    for threads in (1, 3):
+        cpu.set_threads(threads)
+        found = kernels.paged_attention(chunk.query[last], *caches, batch, **settings)
+        assert torch.equal(found, whole[last])
+    cpu.set_threads(1)
 
 
 def test_rows_of_unlike_length_are_not_padded_to_the_longest(make_case: Any) -> None:

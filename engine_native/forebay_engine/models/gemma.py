@@ -31,7 +31,7 @@ class Layer:
     def __init__(self, config: ModelConfig, weights: Weights, index: int, *, qk_norm: bool) -> None:
         prefix = f"model.layers.{index}"
         self.sliding = config.sliding[index]
-        self._before_attention = _norm(config, weights, f"{prefix}.input_layernorm")
+        self.before_attention = _norm(config, weights, f"{prefix}.input_layernorm")
         self._after_attention = _norm(config, weights, f"{prefix}.post_attention_layernorm")
         self._before_mlp = _norm(config, weights, f"{prefix}.pre_feedforward_layernorm")
         self._after_mlp = _norm(config, weights, f"{prefix}.post_feedforward_layernorm")
@@ -49,11 +49,18 @@ class Layer:
         self._mlp = gated_mlp(config, weights, f"{prefix}.mlp")
 
     def __call__(
-        self, x: Tensor, angles: Angles, cache: LayerCache, batch: kernels.PagedBatch
+        self,
+        x: Tensor,
+        normed: Tensor,
+        following: RmsNorm,
+        angles: Angles,
+        cache: LayerCache,
+        batch: kernels.PagedBatch,
     ) -> Tensor:
-        attended = self._attention(self._before_attention(x), angles, cache, batch)
-        x = x + self._after_attention(attended)
-        return x + self._after_mlp(self._mlp(self._before_mlp(x)))
+        """Add to the stream ``x``, in place, what its ``normed`` gives; ``following`` norms it."""
+        attended = self._attention(normed, angles, cache, batch)
+        normed = self._before_mlp.after(x, attended, self._after_attention)
+        return following.after(x, self._mlp(normed), self._after_mlp)
 
 
 class Gemma2:
@@ -84,9 +91,11 @@ class Gemma2:
     ) -> Tensor:
         x = F.embedding(token_ids, self._embedding) * self._embed_scale
         angles, local = self._rotary(positions), self._rotary_local(positions)
-        for layer, cache in zip(self._layers, caches, strict=True):
-            x = layer(x, local if layer.sliding else angles, cache, batch)
-        return self._norm(x)
+        normed = self._layers[0].before_attention(x)
+        following = [*(layer.before_attention for layer in self._layers[1:]), self._norm]
+        for layer, norm, cache in zip(self._layers, following, caches, strict=True):
+            normed = layer(x, normed, norm, local if layer.sliding else angles, cache, batch)
+        return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits = self._head(hidden)

@@ -33,6 +33,69 @@ class DenseMatrix(Structure):
     ]
 
 
+class AttentionArgs(Structure):
+    """One layer's attention of a step; strides in elements."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        ("query", c_void_p),
+        ("query_stride", c_int64),
+        ("out", c_void_p),
+        ("out_stride", c_int64),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("tables", c_void_p),
+        ("table_stride", c_int64),
+        ("starts", c_void_p),
+        ("lengths", c_void_p),
+        ("rows", c_int64),
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("dim", c_int64),
+        ("pages", c_int64),
+        ("block_size", c_int64),
+        ("window", c_int64),  # 0: none
+        ("scale", c_float),
+        ("softcap", c_float),  # 0: none
+    ]
+
+
+class QkvArgs(Structure):
+    """Norm, rotation and storing of a step's queries, keys and values."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        ("qkv", c_void_p),
+        ("stride", c_int64),
+        ("norm", c_void_p),
+        ("cosine", c_void_p),
+        ("sine", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("slots", c_void_p),
+        ("tokens", c_int64),
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("dim", c_int64),
+        ("half", c_int64),
+        ("cached", c_int64),
+        ("eps", c_float),
+    ]
+
+
+class ResidualArgs(Structure):
+    """Addition to the residual stream, and the norm of the result."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        ("stream", c_void_p),
+        ("added", c_void_p),
+        ("inner", c_void_p),
+        ("outer", c_void_p),
+        ("out", c_void_p),
+        ("rows", c_int64),
+        ("width", c_int64),
+        ("eps", c_float),
+    ]
+
+
 _INT, _LONG, _POINTER, _FLOAT = c_int32, c_int64, c_void_p, c_float
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "threads": (None, [_INT]),
@@ -43,6 +106,12 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         None,
         [POINTER(DenseMatrix), _INT, _POINTER, _LONG, _LONG, _POINTER, _LONG],
     ),
+    "attention": (None, [POINTER(AttentionArgs), _INT]),
+    "prepare_qkv": (None, [POINTER(QkvArgs), _INT]),
+    "add_and_norm": (None, [POINTER(ResidualArgs), _INT]),
+    "norm": (None, [_INT, _POINTER, _POINTER, _LONG, _LONG, _FLOAT, _POINTER]),
+    "gate": (None, [_INT, _POINTER, _LONG, _LONG, _INT, _POINTER]),
+    "argmax": (None, [_INT, _POINTER, _LONG, _LONG, _LONG, _POINTER]),
 }
 
 

@@ -29,6 +29,11 @@ class PackedLinear:
         )
         self._address = ctypes.byref(self._matrix)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights that a call reads."""
+        return self._panels.numel()
+
     def __call__(self, x: Tensor) -> Tensor:
         """``[tokens, in] -> [tokens, out]``."""
         if x.dtype != self._dtype or x.shape[-1] != self._into:

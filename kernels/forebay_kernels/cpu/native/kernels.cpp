@@ -1,5 +1,7 @@
 // What Python calls, by ctypes. One caller at a time; the pool shares the work.
+#include "attention.h"
 #include "linear.h"
+#include "rows.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -46,6 +48,56 @@ void forebay_linear(const DenseMatrix *matrix, int32_t element, const void *x, i
     else
         linear<Halves>(*matrix, static_cast<const bf16 *>(x), x_stride, rows,
                        static_cast<bf16 *>(out), out_stride);
+}
+
+void forebay_attention(const AttentionArgs *args, int32_t element) {
+    Turn turn(Pool::instance().turn());
+    if (element == FLOAT)
+        Attention<Floats>(*args).run();
+    else
+        Attention<Halves>(*args).run();
+}
+
+void forebay_prepare_qkv(const QkvArgs *args, int32_t element) {
+    Turn turn(Pool::instance().turn());
+    element == FLOAT ? prepare_qkv<float>(*args) : prepare_qkv<bf16>(*args);
+}
+
+void forebay_add_and_norm(const ResidualArgs *args, int32_t element) {
+    Turn turn(Pool::instance().turn());
+    element == FLOAT ? add_and_norm<float>(*args) : add_and_norm<bf16>(*args);
+}
+
+void forebay_norm(int32_t element, const void *x, const float *weight, int64_t rows, int64_t width,
+                  float eps, void *out) {
+    Turn turn(Pool::instance().turn());
+    auto run = [&](auto *from, auto *to) {
+        each_row(rows, width, [&](long row) {
+            norm_row(from + row * width, weight, width, eps, to + row * width);
+        });
+    };
+    if (element == FLOAT)
+        run(static_cast<const float *>(x), static_cast<float *>(out));
+    else
+        run(static_cast<const bf16 *>(x), static_cast<bf16 *>(out));
+}
+
+void forebay_gate(int32_t element, const void *x, int64_t rows, int64_t width, int32_t kind,
+                  void *out) {
+    Turn turn(Pool::instance().turn());
+    if (element == FLOAT)
+        gate(static_cast<const float *>(x), rows, width, kind, static_cast<float *>(out));
+    else
+        gate(static_cast<const bf16 *>(x), rows, width, kind, static_cast<bf16 *>(out));
+}
+
+void forebay_argmax(int32_t element, const void *x, int64_t stride, int64_t rows, int64_t width,
+                    int64_t *found) {
+    Turn turn(Pool::instance().turn());
+    if (element == FLOAT)
+        argmax(static_cast<const float *>(x), stride, rows, width, found);
+    else
+        argmax(static_cast<const bf16 *>(x), stride, rows, width, found);
 }
 
 }  // extern "C"
