@@ -22,12 +22,13 @@ from forebay_engine.config import EngineConfig
 from forebay_engine.costs import StepCosts
 from forebay_engine.detokenizer import Detokenizer, StopStrings
 from forebay_engine.errors import RequestRefused, StartRefused
+from forebay_engine.guided import Grammar, Grammars
 from forebay_engine.isolation import Outcome, execute
 from forebay_engine.metrics import Metrics
 from forebay_engine.pooling import Pooler, settle_pooling
 from forebay_engine.prompts import PromptEncoder
 from forebay_engine.proposers import settle_speculation
-from forebay_engine.request import Choice, Request, durations, refuse_priority, seed_of
+from forebay_engine.request import Choice, Request, done, refuse_priority, seed_of
 from forebay_engine.scheduler import Scheduler
 from forebay_engine.sequence import FinishReason, SamplingParams, Sequence
 from forebay_engine.step import NO_TOKEN, Sampled, StepPlan, StepResult
@@ -36,7 +37,6 @@ from forebay_engine.wire import (
     Accepted,
     Detokenize,
     Detokenized,
-    Done,
     Embed,
     Embedded,
     Event,
@@ -100,6 +100,7 @@ class Engine:
             speculation=settle_speculation(config, runner.step_costs, runner.eos_token_ids),
         )
         self._encoder = PromptEncoder(tokenizer, template, runner.vocab_size)
+        self._grammars = Grammars(tokenizer, runner.vocab_size, runner.eos_token_ids)
         self._choices: dict[int, Choice] = {}
         self._ids = count()
         self.metrics = Metrics()
@@ -128,9 +129,10 @@ class Engine:
         refuse_priority(command.priority)
         sampling = await asyncio.to_thread(self._encoder.sampling, command)
         samplings = [self._sampling(command, sampling, prompt) for prompt in prompts]
+        grammar = await self._grammars.get(command.guide) if command.guide is not None else None
         request = Request(command, emit, sum(map(len, prompts)), submitted)
         for prompt, sampling in zip(prompts, samplings, strict=True):
-            self._add(request, prompt, sampling)
+            self._add(request, prompt, sampling, grammar)
         request.open = len(request.choices)
         emit(Accepted(command.id, request.prompt_tokens))
         self._work.set()
@@ -273,7 +275,13 @@ class Engine:
         self._drop(request, reason)
         request.emit(Failed(request.command.id, kind, message))
 
-    def _add(self, request: Request, prompt: list[int], sampling: SamplingParams) -> None:
+    def _add(
+        self,
+        request: Request,
+        prompt: list[int],
+        sampling: SamplingParams,
+        grammar: Grammar | None,
+    ) -> None:
         """Queue the choices of one of the request's prompts."""
         first, command = len(request.choices), request.command
         deadline = None if command.timeout is None else request.submitted + command.timeout
@@ -282,6 +290,7 @@ class Engine:
             sequence = Sequence(
                 next(self._ids), prompt, own, command.priority, request.submitted, deadline
             )
+            sequence.guide = grammar.start(own) if grammar is not None else None
             tokenizer = self._tokenizer
             decode = tokenizer.decode if own.skip_special_tokens else tokenizer.spell
             text, stops = Detokenizer(decode, prompt), StopStrings(own.stop, own.include_stop)
@@ -303,11 +312,11 @@ class Engine:
         sequence = choice.sequence
         self.metrics.tokens(choice, len(drawn))
         if drawn[-1].token_id == NO_TOKEN:
-            self._fail(choice.request, "refused", _NOTHING_ALLOWED)
+            failure = sequence.guide.failure if sequence.guide is not None else None
+            self._fail(choice.request, "refused", failure or _NOTHING_ALLOWED)
             return
         # A token that stops is no part of the text.
-        stopped = sequence.finish_reason is FinishReason.STOP
-        spoken = len(drawn) - (stopped and not sequence.sampling.include_stop)
+        spoken = len(drawn) - (sequence.ended_by_token and not sequence.sampling.include_stop)
         text = ""
         for left, sampled in zip(range(len(drawn) - 1, -1, -1), drawn, strict=True):
             choice.token_ids.append(sampled.token_id)
@@ -366,18 +375,7 @@ class Engine:
             return
         self._end(request)
         self.metrics.ended(request)
-        queue, prefill, decode = durations(request)
-        request.emit(
-            Done(
-                id=request.command.id,
-                prompt_tokens=request.prompt_tokens,
-                completion_tokens=request.completion_tokens,
-                cached_tokens=request.cached_tokens,
-                queue=queue,
-                prefill=prefill,
-                decode=decode,
-            )
-        )
+        request.emit(done(request))
 
     def _end(self, request: Request) -> None:
         request.ended = time.monotonic()

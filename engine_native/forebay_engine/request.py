@@ -11,7 +11,7 @@ from forebay_engine.detokenizer import Detokenizer, StopStrings
 from forebay_engine.errors import RequestRefused
 from forebay_engine.scheduler import MAX_PRIORITY
 from forebay_engine.sequence import Sequence
-from forebay_engine.wire import Event, Generate, Logprob
+from forebay_engine.wire import Done, Event, Generate, Logprob
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +60,20 @@ def durations(request: Request) -> tuple[float, float, float]:
     admitted = request.admitted if request.admitted is not None else ended
     first = request.first_token if request.first_token is not None else ended
     return admitted - request.submitted, max(0.0, first - admitted), ended - first
+
+
+def done(request: Request) -> Done:
+    """The last event of a request that has ended."""
+    queue, prefill, decode = durations(request)
+    return Done(
+        id=request.command.id,
+        prompt_tokens=request.prompt_tokens,
+        completion_tokens=request.completion_tokens,
+        cached_tokens=request.cached_tokens,
+        queue=queue,
+        prefill=prefill,
+        decode=decode,
+    )
 
 
 def refuse_priority(priority: int) -> None:

@@ -17,6 +17,7 @@ from forebay_engine.cache import CacheGroup
 from forebay_engine.cache_size import cache_groups
 from forebay_engine.config import EngineConfig
 from forebay_engine.costs import StepCosts, measured
+from forebay_engine.guided_masks import MaskThread
 from forebay_engine.hf_config import ModelError, ModelShape
 from forebay_engine.layers import LayerCache
 from forebay_engine.models import Model, build_model, read_shape
@@ -59,6 +60,7 @@ class Runner:
         self.vocab_size = shape.vocab_size
         self.generates = not shape.headless
         self.eos_token_ids = shape.eos_token_ids
+        self._masks = MaskThread(self.vocab_size)
         self._windows = [group.window for group in self.cache_groups]
         pages = {group.window: group.num_blocks for group in self.cache_groups}
         sizes = [
@@ -73,16 +75,18 @@ class Runner:
         """Run the plan's tokens, write their keys and values, draw a token where one is asked."""
         self._settle_threads()
         with torch.inference_mode():
+            rows = [row for row in plan.rows if row.sample]
+            masks = self._masks.begin(rows)
             batch = build_batch(plan, self.block_size, self._device, self._windows)
             hidden = self._model.forward(
                 batch.token_ids, batch.positions, self._caches, batch.paged
             )
             pooled = pool(hidden, plan.rows)
-            rows = [row for row in plan.rows if row.sample]
             if not rows:
                 return StepResult((), pooled)
             logits = self._model.logits(hidden[batch.sample_at])  # [places, vocab]
-            return StepResult(sample(logits, rows, self.eos_token_ids), pooled)
+            drawn = sample(logits, rows, self.eos_token_ids, masks.result())
+            return StepResult(drawn, pooled)
 
     def warm_up(self) -> None:
         """Run steps until the kernels are laid out, settle the threads, measure what steps cost."""

@@ -123,7 +123,7 @@ def _choose(logits: Tensor, place: Place, eos_token_ids: frozenset[int]) -> int:
     params = place.sampling
     logits = logits.to(torch.float32, copy=True)  # [vocab]
     if place.allowed is not None:
-        logits[~place.allowed] = -math.inf
+        logits.masked_fill_(~place.allowed, -math.inf)
     if _may_ban(place):
         _ban(logits, place, eos_token_ids)
     if params.logit_bias:

@@ -360,6 +360,7 @@ class Scheduler:
             sample=count == entry.missing and sequence.pooling is None,
             sampling=sequence.sampling,
             num_prompt=len(sequence.prompt_ids),
+            guide=sequence.guide,
             pooling=sequence.pooling,
         )
 
@@ -368,14 +369,10 @@ class Scheduler:
         sequence = entry.sequence
         for number, sampled in enumerate(drawn):
             sequence.num_computed += number > 0
-            if sampled.token_id != NO_TOKEN:
-                sequence.token_ids.append(sampled.token_id)
-            if sequence.ends_with(sampled.token_id, self._eos):
-                sequence.finish_reason = FinishReason.STOP
-            elif sampled.token_id == NO_TOKEN:
+            if sampled.token_id == NO_TOKEN:
                 sequence.finish_reason = FinishReason.ERROR
-            elif sequence.num_output >= sequence.sampling.max_tokens:
-                sequence.finish_reason = FinishReason.LENGTH
+            else:
+                sequence.take(sampled.token_id, self._eos)
             if sequence.finish_reason is not None:
                 self.counters.count_end(sequence.finish_reason)
                 return drawn[: number + 1]

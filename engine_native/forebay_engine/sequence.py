@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from forebay_engine.step import Guide
 
 #: Which hidden states make the vector of a text.
 Pooling = Literal["last", "mean"]
@@ -70,6 +73,8 @@ class Sequence:
     arrival: float = 0.0
     #: When it ends at the latest; None: whenever it is done.
     deadline: float | None = None
+    #: None: any token may come. It stays where it is when a preemption takes the cache away.
+    guide: Guide | None = None
     #: Prompt and answer.
     token_ids: list[int] = field(init=False)
     #: Tokens whose keys and values are in the cache; token ``num_computed`` is the next to run.
@@ -80,6 +85,8 @@ class Sequence:
     num_drafted: int = 0
     num_accepted: int = 0
     finish_reason: FinishReason | None = None
+    #: Its last token is what ended it, and no part of the text.
+    ended_by_token: bool = False
     #: Hidden states are wanted, and no answer. None: an answer.
     pooling: Pooling | None = None
 
@@ -90,11 +97,22 @@ class Sequence:
     def num_output(self) -> int:
         return len(self.token_ids) - len(self.prompt_ids)
 
-    def ends_with(self, token_id: int, eos_token_ids: frozenset[int]) -> bool:
-        """Whether the token, its newest, is one that ends it."""
-        sampling = self.sampling
-        if self.num_output < sampling.min_tokens:
+    def take(self, token_id: int, eos_token_ids: frozenset[int]) -> None:
+        """Add a token that was drawn, and find out whether the answer ends with it."""
+        self.token_ids.append(token_id)
+        if self._is_end(token_id, eos_token_ids):
+            self.finish_reason = FinishReason.STOP
+            self.ended_by_token = True
+        elif self.guide is not None and self.guide.take(token_id):
+            self.finish_reason = FinishReason.STOP
+        elif self.num_output >= self.sampling.max_tokens:
+            self.finish_reason = FinishReason.LENGTH
+
+    def _is_end(self, token_id: int, eos_token_ids: frozenset[int]) -> bool:
+        if self.num_output < self.sampling.min_tokens:
             return False
-        if token_id in sampling.stop_token_ids:
+        if self.guide is not None and not self.guide.may_end:
+            return False
+        if token_id in self.sampling.stop_token_ids:
             return True
-        return token_id in eos_token_ids and not sampling.ignore_eos
+        return token_id in eos_token_ids and not self.sampling.ignore_eos

@@ -18,7 +18,25 @@ if TYPE_CHECKING:
 
 
 class Guide(Protocol):
-    """What an answer must obey, as far as it has come; read while the forward pass runs."""
+    """What an answer must obey, as far as it has come.
+
+    ``masks`` is called in a step, from a thread beside the forward pass, and the rest between
+    steps. The scheduler moves it on where it applies the step's result; a preemption leaves it.
+    """
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the answer would be complete if it ended here."""
+        ...
+
+    @property
+    def failure(self) -> str | None:
+        """Why no token at all is allowed here, in a sentence; None: some are."""
+        ...
+
+    def take(self, token_id: int) -> bool:
+        """Go on by the token that was drawn; whether the answer is complete and can't go on."""
+        ...
 
     def masks(self, draft: Items[int]) -> npt.NDArray[np.int32]:
         """Allowed tokens at each place: bit ``t % 32`` of word ``t // 32`` stands for token ``t``.

@@ -25,6 +25,18 @@ MAX_FRAME = 64 << 20
 _LENGTH = struct.Struct(">I")
 
 
+GuideKind = Literal["json", "regex", "choice", "grammar"]
+
+
+class GuideSpec(Struct, frozen=True):
+    """What the answer must keep to."""
+
+    kind: GuideKind
+    #: A JSON schema; a regular expression for the whole answer; a JSON list of strings, of which
+    #: the answer is one; rules in GBNF (of ``root``) or Lark (of ``start``).
+    source: str
+
+
 class Generate(Struct, frozen=True, kw_only=True, tag="generate"):
     """Generate from ``prompts`` or from ``messages``; choice ``i`` is of prompt ``i // n``."""
 
@@ -35,6 +47,8 @@ class Generate(Struct, frozen=True, kw_only=True, tag="generate"):
     n: int = 1
     #: Its ``seed`` and ``bad_words`` are ignored in favour of those below.
     sampling: SamplingParams = SamplingParams()
+    #: None: any text.
+    guide: GuideSpec | None = None
     #: ``max_tokens`` is whatever the context has left after the prompt.
     fill_context: bool = False
     #: None: a random one for each choice.

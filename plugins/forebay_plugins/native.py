@@ -15,6 +15,7 @@ from forebay.api import (
     Attempt,
     BackendBusy,
     BackendFailed,
+    BackendLacks,
     BackendRefused,
     BackendSettings,
     BackendTimeout,
@@ -60,6 +61,7 @@ from forebay_engine.client import (
     Status,
     Tokenize,
 )
+from forebay_plugins.native_guide import guide_of
 from forebay_plugins.native_load import load_of
 from forebay_plugins.native_request import FIELDS, generate_command, message_fields, unsupported
 from forebay_plugins.openai_errors import code_of
@@ -132,8 +134,7 @@ class NativeAdapter(Adapter):
                     started = True
                     yield _event(event, Path(self._settings.path).name)
         except RequestRefused as error:
-            param, code = _param(error, request), code_of(error.message)
-            raise BackendRefused(error.message, param=param, code=code) from error
+            raise _refusal(error, request) from error
         except DeadlinePassed as error:
             raise BackendTimeout("total", attempt.timeouts.total) from error
         except EngineDied as error:
@@ -204,6 +205,7 @@ class NativeAdapter(Adapter):
             )
         return Capabilities(
             endpoints=_endpoints(status),
+            schema=True,
             logprobs=True,
             extra_fields=False,
             fields=FIELDS,
@@ -309,11 +311,16 @@ def _delta(output: Output) -> Delta:
     )
 
 
-def _param(error: RequestRefused, request: GenerateRequest) -> str | None:
-    """The field by the name under which this client sent it."""
-    if error.param == "max_tokens" and "max_completion_tokens" in request.fields:
-        return "max_completion_tokens"
-    return error.param
+def _refusal(error: RequestRefused, request: GenerateRequest) -> BackendRefused:
+    """The error, with the field by the name under which this client sent it."""
+    param = error.param
+    guide = guide_of(request) if param == "guide" else None
+    if guide is not None:
+        # What our grammars can't express, another backend's may.
+        return BackendLacks(error.message, param=guide[0])
+    if param == "max_tokens" and "max_completion_tokens" in request.fields:
+        param = "max_completion_tokens"
+    return BackendRefused(error.message, param=param, code=code_of(error.message))
 
 
 def _unavailable(error: EngineUnavailable) -> BackendBusy | ConnectFailed:

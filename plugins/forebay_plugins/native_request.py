@@ -10,6 +10,7 @@ from msgspec import Struct
 
 from forebay.api import Attempt, BackendLacks, BackendRefused, GenerateRequest, Message, Sampling
 from forebay_engine.client import Generate, SamplingParams
+from forebay_plugins.native_guide import GUIDE_FIELDS, guide_of
 
 __all__ = ["FIELDS", "generate_command", "message_fields", "unsupported"]
 
@@ -43,7 +44,7 @@ class Fields(Struct, kw_only=True, frozen=True):
 
 
 #: Their names: what ``GenerateRequest.extra`` may have.
-FIELDS = frozenset(Fields.__struct_fields__)
+FIELDS = frozenset(Fields.__struct_fields__) | GUIDE_FIELDS
 
 
 def generate_command(request: GenerateRequest, attempt: Attempt) -> Generate:
@@ -51,7 +52,8 @@ def generate_command(request: GenerateRequest, attempt: Attempt) -> Generate:
 
     :raises BackendRefused: it asks for what the engine can't do.
     """
-    _refuse_lacking(request)
+    guide = guide_of(request)
+    _refuse_lacking(request, guided=guide is not None)
     further = _further(request)
     chat = request.endpoint == "chat"
     return Generate(
@@ -59,6 +61,7 @@ def generate_command(request: GenerateRequest, attempt: Attempt) -> Generate:
         prompts=[p if isinstance(p, str) else list(p) for p in request.prompts],
         n=request.n,
         sampling=_sampling(request.sampling, further),
+        guide=guide[1] if guide is not None else None,
         fill_context=chat and request.sampling.max_tokens is None,
         seed=request.sampling.seed,
         bad_words=further.bad_words,
@@ -69,11 +72,11 @@ def generate_command(request: GenerateRequest, attempt: Attempt) -> Generate:
     )
 
 
-def _refuse_lacking(request: GenerateRequest) -> None:
+def _refuse_lacking(request: GenerateRequest, *, guided: bool) -> None:
     reasons = [
         (request.echo, "echo", "echo of the prompt"),
         (request.needs_tools, "tools", "tool calls"),
-        (request.needs_schema, "response_format", "structured answers"),
+        (request.needs_schema and not guided, "response_format", "this form of answers"),
         (request.needs_multimodal, "messages", "messages with parts other than text"),
     ]
     reasons += [(True, name, f"the field {name!r}") for name in request.extra if name not in FIELDS]

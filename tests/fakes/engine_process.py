@@ -15,8 +15,9 @@ import numpy as np
 from forebay_engine.cache import CacheGroup
 from forebay_engine.config import EngineConfig
 from forebay_engine.costs import StepCosts
+from forebay_engine.guided import is_allowed
 from forebay_engine.process import main
-from forebay_engine.step import Pooled, Row, Sampled, StepPlan, StepResult
+from forebay_engine.step import Guide, Pooled, Row, Sampled, StepPlan, StepResult
 
 EOS = 1
 
@@ -59,10 +60,20 @@ class EchoRunner:
 
     def echo(self, row: Row) -> Sampled:
         token = row.token_ids[(len(row.token_ids) - row.num_prompt) % row.num_prompt]
+        if row.guide is not None:
+            token = guided(row.guide, token)
         if row.sampling.logprobs is None:
             return Sampled(row.seq_id, token)
         top = ((token, -0.25), (token + 1, -2.5))[: row.sampling.logprobs]
         return Sampled(row.seq_id, token, -0.25, top)
+
+
+def guided(guide: Guide, token: int) -> int:
+    """The token, or the first one that the guide allows in its place."""
+    (mask,) = guide.masks(())
+    if is_allowed(mask, token):
+        return token
+    return next(other for other in range(EchoRunner.vocab_size) if is_allowed(mask, other))
 
 
 if __name__ == "__main__":

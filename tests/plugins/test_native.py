@@ -20,6 +20,7 @@ from forebay.api import (
     Attempt,
     BackendBusy,
     BackendError,
+    BackendLacks,
     BackendRefused,
     BackendTimeout,
     ConfigError,
@@ -363,9 +364,10 @@ async def test_what_the_engine_cannot_do_is_refused_by_name(
 async def test_a_probe_tells_what_it_can_do() -> None:
     async with native() as adapter:
         capabilities = await adapter.probe()
-        assert {capabilities.tools, capabilities.schema, capabilities.multimodal} == {False}
+        assert {capabilities.tools, capabilities.multimodal} == {False}
+        assert capabilities.schema
         assert not capabilities.extra_fields
-        assert "stop_token_ids" in capabilities.fields
+        assert {"stop_token_ids", "guided_json", "structured_outputs"} <= capabilities.fields
         assert (capabilities.max_context, capabilities.slots) == (256, 64)
 
 
@@ -381,6 +383,24 @@ async def test_a_refusal_names_the_field_that_the_client_sent() -> None:
         with pytest.raises(BackendRefused, match="unknown role tool") as refusal:
             await collect(adapter, chat(Message(role="tool", content="x", tool_call_id="1")))
         assert refusal.value.param == "messages"
+
+
+async def test_an_answer_keeps_to_the_schema_and_not_to_the_model() -> None:
+    async with native() as adapter:
+        schema = {"type": "object", "properties": {"a": {"const": "é"}}, "required": ["a"]}
+        format_ = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        request = with_fields(completion("no JSON", max_tokens=100), response_format=format_)
+        events = await collect(adapter, msgspec.structs.replace(request, extra=()))
+        assert msgspec.json.decode(text(events))["a"] == "é"
+        (reason,) = [e.finish_reason for e in events if isinstance(e, Delta) and e.finish_reason]
+        assert reason == "stop"
+
+
+async def test_a_grammar_that_the_engine_refuses_is_named_as_the_client_named_it() -> None:
+    async with native() as adapter:
+        with pytest.raises(BackendLacks, match="look-around") as refusal:
+            await collect(adapter, with_fields(completion("a"), guided_regex="(?=a)"))
+        assert (refusal.value.param, refusal.value.status) == ("guided_regex", 400)
 
 
 async def test_tenants_do_not_share_cached_prefixes() -> None:
