@@ -212,6 +212,21 @@ async def test_death_ends_what_is_open_and_the_engine_comes_back() -> None:
         assert await text_of(client, request()) == "Hell"
 
 
+async def test_an_engine_in_which_nothing_works_starts_anew() -> None:
+    async with engine("fails") as client:
+        await ready(client)
+        first = client.pid
+        for _ in range(2):
+            with pytest.raises(EngineError, match="could not compute this: nothing works") as told:
+                await text_of(client, request())
+            assert not isinstance(told.value, EngineDied)
+            assert client.pid == first
+        # The third time it is none of the request's fault any more.
+        with pytest.raises(EngineError):
+            await text_of(client, request())
+        await until(lambda status: status.state == "ready" and client.pid != first, client)
+
+
 async def test_while_it_loads_it_says_so() -> None:
     async with engine("loading") as client:
         with pytest.raises(EngineUnavailable) as starting:

@@ -151,6 +151,70 @@ async def test_a_drawn_text_does_not_depend_on_its_neighbours(
     assert cut == together
 
 
+@pytest.mark.parametrize("family", ["gemma3", "mistral"])
+async def test_choices_priorities_and_neighbours_change_no_token(
+    family: str, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    """Three choices each of prompts of many lengths, one more urgent than the other."""
+    config = EngineConfig(
+        model=str(tiny_checkpoint(family)),
+        dtype="float32",
+        max_model_len=72,
+        kv_cache_bytes=4 << 20,
+        threads=1,
+    )
+    sampling = SamplingParams(temperature=0.9, top_p=0.95, max_tokens=12, ignore_eos=True)
+    prompts = [[2, 17, 200], SHARED, [*SHARED, 9, 8, 7], SHARED[:33]]
+    cuts: list[dict[str, Any]] = [
+        {},
+        {"max_sequences": 1},
+        {"prefix_cache": False, "block_size": 4, "max_step_tokens": 9},
+        {"block_size": 8, "num_blocks": 9},
+        {"block_size": 3, "num_blocks": 24, "prefix_cache": False},
+    ]
+    runners = [Runner(replace(config, **cut)) for cut in cuts]
+    found = [
+        await chosen(runner, replace(config, **cut), prompts, sampling)
+        for runner, cut in zip(runners, cuts, strict=True)
+    ]
+    assert len({tokens for choices in found[0] for tokens in choices}) == 3 * len(prompts)
+    assert found == [found[0]] * len(cuts)
+
+
+async def chosen(
+    runner: Runner, config: EngineConfig, prompts: list[list[int]], sampling: SamplingParams
+) -> list[list[tuple[int, ...]]]:
+    """Of each prompt, its three choices."""
+    engine = Engine(runner, Tokenizer.from_folder(Path(config.model)), None, config)
+    stepping = asyncio.create_task(engine.run())
+
+    async def ask(number: int, prompt: list[int]) -> list[tuple[int, ...]]:
+        found: list[list[int]] = [[], [], []]
+        done = asyncio.Event()
+
+        def emit(event: Event) -> None:
+            if isinstance(event, Output):
+                found[event.index] += event.token_ids
+            if isinstance(event, Done):
+                done.set()
+
+        command = Generate(
+            prompts=[prompt], n=3, seed=number, sampling=sampling, priority=-number % 3
+        )
+        await engine.submit(command, emit)
+        await done.wait()
+        return [tuple(tokens) for tokens in found]
+
+    try:
+        asked = asyncio.gather(*(ask(*item) for item in enumerate(prompts)))
+        await asyncio.wait([stepping, asked], return_when=asyncio.FIRST_COMPLETED)
+        return asked.result()
+    finally:
+        stepping.cancel()
+        await asyncio.gather(stepping, return_exceptions=True)
+        engine.scheduler.check()
+
+
 class Oracle:
     """Guesses what the answers are known to be, and every fourth token something else."""
 

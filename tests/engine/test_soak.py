@@ -233,7 +233,10 @@ async def soak(folder: Path, count: int, speculation: str) -> dict[str, object]:
         await run.run(count // 10)
         start, pid = await quiet(client), client.pid
         memory, files, own_files = resident(pid), handles(pid), handles("self")
-        await run.run(count - count // 10)
+        await run.run(count * 45 // 100)
+        await quiet(client)
+        half = resident(pid)
+        await run.run(count - count // 10 - count * 45 // 100)
         seconds = time.monotonic() - begin
         # Longer than the engine waits before it compares its books; if they disagree, it ends.
         await asyncio.sleep(1.2)
@@ -257,7 +260,7 @@ async def soak(folder: Path, count: int, speculation: str) -> dict[str, object]:
             "requests/s": round(count / seconds, 1),
             "answers compared": run.repeated,
             "counters": counters,
-            "resident MiB": [round(n / (1 << 20), 1) for n in (memory, memory + growth)],
+            "resident MiB": [round(n / (1 << 20), 1) for n in (memory, half, memory + growth)],
             "growth": growth,
             "open files": files,
             "tasks": end.gauges["tasks"],

@@ -42,6 +42,8 @@ class EchoRunner:
             time.sleep(600)
 
     def execute(self, plan: StepPlan) -> StepResult:
+        if self.mode == "fails":
+            raise ArithmeticError("nothing works")
         if self.mode == "slow":
             time.sleep(0.02)
         if self.mode == "dies" and self.drawn == 10:
