@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
+
 from forebay_engine.cache import CacheGroup
 from forebay_engine.config import EngineConfig
 from forebay_engine.hf_config import ModelError, ModelShape
@@ -12,10 +14,13 @@ from forebay_engine.hf_config import ModelError, ModelShape
 _WINDOWS = 4
 
 
-def cache_groups(config: EngineConfig, shape: ModelShape, itemsize: int) -> tuple[CacheGroup, ...]:
+def cache_groups(
+    config: EngineConfig, shape: ModelShape, itemsize: int, draft: ModelShape | None = None
+) -> tuple[CacheGroup, ...]:
     """The groups of layers by window, those that see everything first, and their pages.
 
     :param itemsize: bytes of a number in the cache.
+    :param draft: a draft model, whose layers use the same pages.
     :raises ModelError: ``kv_cache_bytes`` does not hold a page of each.
     """
     sliding = sum(shape.sliding)
@@ -27,6 +32,10 @@ def cache_groups(config: EngineConfig, shape: ModelShape, itemsize: int) -> tupl
         return tuple(CacheGroup(config.num_blocks, window) for window in windows)
     slot = 2 * shape.num_kv_heads * shape.head_dim * itemsize
     pages = [slot * layers[window] * config.block_size for window in windows]
+    if draft is not None:
+        slot = 2 * draft.num_kv_heads * draft.head_dim * itemsize
+        for window in layer_windows(draft):
+            pages[_number(windows, window)] += slot * config.block_size
     even = config.kv_cache_bytes // sum(pages)
     if even < 1:
         raise ModelError(
@@ -38,6 +47,31 @@ def cache_groups(config: EngineConfig, shape: ModelShape, itemsize: int) -> tupl
     few = _window_pages(config, shape, pages, even)
     rest = (config.kv_cache_bytes - few * pages[1]) // pages[0]
     return CacheGroup(rest), CacheGroup(few, windows[1])
+
+
+def layer_windows(shape: ModelShape) -> list[int | None]:
+    """Positions that each layer sees; None: all."""
+    return [shape.sliding_window if slides else None for slides in shape.sliding]
+
+
+def group_of(groups: Items[CacheGroup], window: int | None) -> int:
+    """The group whose pages a layer of another model with this window can use.
+
+    :raises ModelError: it sees more than the groups keep.
+    """
+    return _number([group.window for group in groups], window)
+
+
+def _number(windows: Items[int | None], window: int | None) -> int:
+    if window in windows:
+        return windows.index(window)
+    for number, kept in enumerate(windows):
+        if kept is None or (window is not None and window <= kept):
+            return number
+    raise ModelError(
+        f"speculation: the draft model's layers see {window or 'all'} positions, but the model's "
+        f"own keep {windows[0]}; choose a draft model with no wider windows"
+    )
 
 
 def _window_pages(config: EngineConfig, shape: ModelShape, pages: list[int], even: int) -> int:

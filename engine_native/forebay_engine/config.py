@@ -34,8 +34,13 @@ class EngineConfig:
     pooling: str = "auto"
     #: Compute threads; 0: the engine measures and chooses.
     threads: int = 0
-    #: Where guesses of the next tokens come from: ``none``, or ``ngram``: what followed the last
-    #: tokens where they occurred before.
+    #: Where guesses of the next tokens come from: ``none``; ``ngram``: what followed the last
+    #: tokens where they occurred before; or the folder of a draft model with the same vocabulary.
     speculation: str = "none"
     #: Most guesses verified in a step for each sequence.
     speculation_tokens: int = 8
+
+    @property
+    def draft_model(self) -> str | None:
+        """Folder of the draft model; None: there is none."""
+        return None if self.speculation in ("none", "ngram") else self.speculation

@@ -18,6 +18,8 @@ from forebay_engine.step import Row, StepPlan
 _MARGIN = 1.05
 #: Tokens of the steps that are timed, and how often each is.
 _SIZES, _RUNS = (1, 2, 4, 8, 16, 32), 3
+#: Tokens that are in the cache before.
+_CONTEXT = 126
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,13 @@ class StepCosts:
 
 
 def worthwhile(
-    chances: Items[Items[float]], costs: StepCosts, *, tokens: int, draws: int, budget: int
+    chances: Items[Items[float]],
+    costs: StepCosts,
+    *,
+    tokens: int,
+    draws: int,
+    budget: int,
+    depth_seconds: float = 0.0,
 ) -> list[int]:
     """Of each row, how many guesses to verify for the most tokens a second.
 
@@ -59,20 +67,23 @@ def worthwhile(
     :param tokens: in the step without guesses.
     :param draws: rows that draw a token.
     :param budget: most guesses in all.
+    :param depth_seconds: to make the next guess of every row that wants one.
     """
-    ranked = sorted(
-        ((chance, row) for row, chain in enumerate(chances) for chance in chain),
-        key=lambda item: -item[0],
-    )
-    expected, drafted = float(draws), set[int]()
-    best, taken = _MARGIN * expected / costs.of(tokens, 0), 0
-    for number, (chance, row) in enumerate(ranked[:budget], 1):
-        expected += chance
-        drafted.add(row)
-        rate = expected / costs.of(tokens + number, len(drafted))
-        if rate > best:
-            best, taken = rate, number
-    lengths = Counter(row for _, row in ranked[:taken])
+    longest = max(map(len, chances), default=0)
+    best, taken = _MARGIN * draws / costs.of(tokens, 0), list[int]()
+    for depth in range(1, longest + 1) if depth_seconds else [longest]:
+        ranked = sorted(
+            ((chance, row) for row, chain in enumerate(chances) for chance in chain[:depth]),
+            key=lambda item: -item[0],
+        )
+        expected, drafted = float(draws), set[int]()
+        for number, (chance, row) in enumerate(ranked[:budget], 1):
+            expected += chance
+            drafted.add(row)
+            seconds = costs.of(tokens + number, len(drafted)) + depth * depth_seconds
+            if expected / seconds > best:
+                best, taken = expected / seconds, [row for _, row in ranked[:number]]
+    lengths = Counter(taken)
     return [lengths[row] for row in range(len(chances))]
 
 
@@ -80,36 +91,36 @@ def measured(
     execute: Callable[[StepPlan], object], groups: Items[CacheGroup], block_size: int
 ) -> StepCosts:
     """Time real steps, before any request; writes into the first pages of each group."""
-    largest = min(group.num_blocks for group in groups) // 2
-    sizes = tuple(size for size in _SIZES if size <= largest)
-    seconds = tuple(_fastest(execute, _steps(size, 0, block_size, len(groups))) for size in sizes)
+    smallest = min(group.num_blocks for group in groups)
+    context = max(0, min(_CONTEXT, smallest * block_size - 2))
+    pages = -(-(context + 2) // block_size)
+
+    def seconds(rows: int, guesses: int) -> float:
+        tables = [
+            (tuple(range(row * pages, (row + 1) * pages)),) * len(groups) for row in range(rows)
+        ]
+        return _fastest(execute, StepPlan(tuple(_row(t, context, guesses) for t in tables)))
+
+    sizes = tuple(size for size in _SIZES if size * pages <= smallest) or (1,)
     # No step is cheaper than a smaller one: what looks like it is the machine's noise.
-    costs = StepCosts(sizes, tuple(accumulate(seconds, max)))
+    costs = StepCosts(sizes, tuple(accumulate((seconds(size, 0) for size in sizes), max)))
     rows = sizes[-1] // 2
     if not rows:
         return costs
-    several = _fastest(execute, _steps(rows, 1, block_size, len(groups)))
-    return replace(costs, drafted_row=max(0.0, several - costs.of(2 * rows, 0)) / rows)
+    return replace(costs, drafted_row=max(0.0, seconds(rows, 1) - costs.of(2 * rows, 0)) / rows)
 
 
-def _steps(rows: int, guesses: int, block_size: int, groups: int) -> StepPlan:
-    """Rows of one token and some guesses, each on pages of its own."""
-    pages = -(-(1 + guesses) // block_size)
-    return StepPlan(
-        tuple(
-            Row(
-                seq_id=-1 - row,
-                token_ids=(0,),
-                start=0,
-                count=1 + guesses,
-                block_tables=(tuple(range(row * pages, (row + 1) * pages)),) * groups,
-                sample=True,
-                sampling=SamplingParams(temperature=0.0),
-                num_prompt=1,
-                draft=(0,) * guesses,
-            )
-            for row in range(rows)
-        )
+def _row(tables: tuple[tuple[int, ...], ...], context: int, guesses: int) -> Row:
+    return Row(
+        seq_id=-1 - tables[0][0],
+        token_ids=(0,) * (context + 1),
+        start=context,
+        count=1 + guesses,
+        block_tables=tables,
+        sample=True,
+        sampling=SamplingParams(temperature=0.0),
+        num_prompt=context,
+        draft=(0,) * guesses,
     )
 
 

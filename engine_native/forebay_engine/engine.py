@@ -60,6 +60,7 @@ class StepRunner(Protocol):
     generates: bool
     eos_token_ids: frozenset[int]
     step_costs: StepCosts
+    draft_costs: StepCosts | None
 
     def execute(self, plan: StepPlan) -> StepResult: ...
 
@@ -97,7 +98,9 @@ class Engine:
             max_sequences=config.max_sequences,
             max_model_len=self.max_model_len,
             eos_token_ids=runner.eos_token_ids,
-            speculation=settle_speculation(config, runner.step_costs, runner.eos_token_ids),
+            speculation=settle_speculation(
+                config, runner.step_costs, runner.draft_costs, runner.eos_token_ids
+            ),
         )
         self._encoder = PromptEncoder(tokenizer, template, runner.vocab_size)
         self._grammars = Grammars(tokenizer, runner.vocab_size, runner.eos_token_ids)

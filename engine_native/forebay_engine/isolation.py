@@ -38,5 +38,7 @@ def execute(run: Callable[[StepPlan], StepResult], plan: StepPlan) -> Outcome:
     half = len(plan.rows) // 2
     first, second = (execute(run, StepPlan(rows)) for rows in (plan.rows[:half], plan.rows[half:]))
     one, other = first.result, second.result
-    result = StepResult(one.sampled + other.sampled, one.pooled + other.pooled)
+    result = StepResult(
+        one.sampled + other.sampled, one.pooled + other.pooled, one.guessed + other.guessed
+    )
     return Outcome(result, first.failed | second.failed)

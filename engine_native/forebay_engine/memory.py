@@ -38,7 +38,11 @@ def refuse_what_does_not_fit(config: EngineConfig, available: int | None = None)
     available = available_bytes() if available is None else available
     if available is None:
         return
-    weights = weight_bytes(Path(config.model), config.dtype, config.quantization)
+    weights = sum(
+        weight_bytes(Path(folder), config.dtype, config.quantization)
+        for folder in (config.model, config.draft_model)
+        if folder is not None
+    )
     needed = weights + config.kv_cache_bytes + _PROGRAM_BYTES
     if needed > available:
         raise StartRefused(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence as Items
 
-from forebay_engine.speculation import Guess
+from forebay_engine.acceptance import Guess
 from forebay_engine.step import Row
 
 #: Tokens that must agree; with a single one, guesses seldom come true.

@@ -17,13 +17,14 @@ from forebay_engine.cache import CacheGroup
 from forebay_engine.cache_size import cache_groups
 from forebay_engine.config import EngineConfig
 from forebay_engine.costs import StepCosts, measured
+from forebay_engine.draft_model import DraftModel, read_draft_shape
 from forebay_engine.guided_masks import MaskThread
 from forebay_engine.hf_config import ModelError, ModelShape
 from forebay_engine.layers import LayerCache
 from forebay_engine.models import Model, build_model, read_shape
 from forebay_engine.sampler import sample
 from forebay_engine.sequence import SamplingParams
-from forebay_engine.step import Row, StepPlan, StepResult
+from forebay_engine.step import Row, Sampled, StepPlan, StepResult
 from forebay_engine.weights import Weights
 from forebay_kernels import cpu
 
@@ -45,11 +46,13 @@ class Runner:
         self._dtype = _dtype(config.dtype, shape)
         self._threads = config.threads
         self._speculates = config.speculation != "none"
-        #: Until they are measured, all steps cost the same.
+        #: Until they are measured, all steps cost the same, and guesses nothing.
         self.step_costs = StepCosts((1,), (1.0,))
+        self.draft_costs: StepCosts | None = None
         self._settle_threads()
         self.block_size = config.block_size
-        self.cache_groups = cache_groups(config, shape, self._dtype.itemsize)
+        draft = read_draft_shape(config, shape)
+        self.cache_groups = cache_groups(config, shape, self._dtype.itemsize, draft)
         self.max_model_len = _max_model_len(config, shape, self.cache_groups)
         shape = replace(shape, served_length=self.max_model_len)
         with (
@@ -70,6 +73,16 @@ class Runner:
         self._caches = [
             LayerCache(*(torch.zeros(size, dtype=self._dtype) for _ in range(2))) for size in sizes
         ]
+        self._draft: DraftModel | None = None
+        if draft is not None:
+            self._draft = DraftModel(
+                config,
+                replace(draft, served_length=self.max_model_len),
+                self.cache_groups,
+                dtype=self._dtype,
+                device=self._device,
+                eos_token_ids=self.eos_token_ids,
+            )
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run the plan's tokens, write their keys and values, draw a token where one is asked."""
@@ -82,11 +95,12 @@ class Runner:
                 batch.token_ids, batch.positions, self._caches, batch.paged
             )
             pooled = pool(hidden, plan.rows)
-            if not rows:
-                return StepResult((), pooled)
-            logits = self._model.logits(hidden[batch.sample_at])  # [places, vocab]
-            drawn = sample(logits, rows, self.eos_token_ids, masks.result())
-            return StepResult(drawn, pooled)
+            sampled: tuple[Sampled, ...] = ()
+            if rows:
+                logits = self._model.logits(hidden[batch.sample_at])  # [places, vocab]
+                sampled = sample(logits, rows, self.eos_token_ids, masks.result())
+            guessed = self._draft.guess(plan.rows, sampled) if self._draft else ()
+            return StepResult(sampled, pooled, guessed)
 
     def warm_up(self) -> None:
         """Run steps until the kernels are laid out, settle the threads, measure what steps cost."""
@@ -94,6 +108,9 @@ class Runner:
         if self._speculates:
             self.step_costs = measured(self.execute, self.cache_groups, self.block_size)
             log.info("%s", self.step_costs)
+        if self._draft is not None:
+            self.draft_costs = self._draft.measured()
+            log.info("the draft model's %s", self.draft_costs)
 
     def _choose_threads(self) -> None:
         """Settle how many threads to use.

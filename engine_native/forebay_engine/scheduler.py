@@ -209,6 +209,8 @@ class Scheduler:
             self.abort(id, FinishReason.ERROR)
             self._forget(self._entries[id])
         self._in_flight = None
+        if self._speculation is not None:
+            self._speculation.take(rows, sampled, result.guessed)
         progress = []
         for row in rows:
             entry = self._entries[row.seq_id]
@@ -217,9 +219,8 @@ class Scheduler:
                 self._forget(entry)
                 continue
             entry.sequence.num_computed += row.count - len(row.draft)
-            if row.draft and self._speculation is not None:
+            if row.draft:
                 accepted = len(sampled[row.seq_id]) - 1
-                self._speculation.learn(row, accepted)
                 self.counters.count_guesses(entry.sequence, len(row.draft), accepted)
             if row.sample:
                 taken = self._append(entry, sampled[row.seq_id])
@@ -343,7 +344,7 @@ class Scheduler:
 
     def _preempt_last(self) -> _Entry:
         victim = self._running.pop()
-        self.cache.release(victim.pages)
+        self._release(victim)
         victim.sequence.num_computed = 0
         insort(self._waiting, victim, key=_rank)
         self.counters.preempted += 1
@@ -380,10 +381,13 @@ class Scheduler:
 
     def _forget(self, entry: _Entry) -> None:
         del self._entries[entry.sequence.id]
+        (self._running if entry in self._running else self._waiting).remove(entry)
+        self._release(entry)
+
+    def _release(self, entry: _Entry) -> None:
+        self.cache.release(entry.pages)
         if self._speculation is not None:
             self._speculation.forget(entry.sequence.id)
-        (self._running if entry in self._running else self._waiting).remove(entry)
-        self.cache.release(entry.pages)
 
 
 def _rank(entry: _Entry) -> tuple[float, int]:

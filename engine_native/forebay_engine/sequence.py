@@ -59,6 +59,10 @@ class SamplingParams:
     #: None: none; N: the chosen token's and the N likeliest tokens' logprobs (0: chosen alone).
     logprobs: int | None = None
 
+    def ends(self, eos_token_ids: frozenset[int]) -> set[int]:
+        """Tokens that end an answer, once it has ``min_tokens``."""
+        return {*self.stop_token_ids, *(() if self.ignore_eos else eos_token_ids)}
+
 
 @dataclass(slots=True)
 class Sequence:
@@ -113,6 +117,4 @@ class Sequence:
             return False
         if self.guide is not None and not self.guide.may_end:
             return False
-        if token_id in self.sampling.stop_token_ids:
-            return True
-        return token_id in eos_token_ids and not self.sampling.ignore_eos
+        return token_id in self.sampling.ends(eos_token_ids)

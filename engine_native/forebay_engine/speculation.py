@@ -7,190 +7,193 @@ answer is the same as without guesses, token by token, and so is its distributio
 2022, https://arxiv.org/abs/2211.17192, accept and reject at random instead; for a guess that is
 certain of itself, as from a prompt, both accept it with its probability under the model.)
 
-How many guesses are verified is decided anew for each step from how often a sequence's guesses have
-come true, and from what steps of each size cost on this machine. Where none pays, none is verified,
-but for a single one now and then to see whether that has changed. Plain arithmetic on what
-happened: no clock, no chance.
+Guesses come from a prompt's own words in the step that verifies them, or from a draft model at the
+end of the step before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
-from operator import mul
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from forebay_engine.costs import StepCosts, worthwhile
-from forebay_engine.step import Row
+from forebay_engine.acceptance import Acceptance, Guess
+from forebay_engine.step import Guessed, Lookahead, Row, Sampled
 
-#: Classes of guesses by the tokens that agree behind them: from this many on they are one class.
-_CLASSES = 8
-#: Chances that a guess comes true, by class, before anything is known: high, as what is never tried
-#: is never learnt.
-_PRIOR = tuple((agreed + 1) / (agreed + 2) for agreed in range(_CLASSES + 1))
-#: Weight of the newest outcome: among those of a sequence, and of all sequences.
-_OWN_RATE, _COMMON_RATE = 1 / 8, 1 / 32
-#: Steps without guesses before one is tried again: so many at first, twice as many after each
-#: failure, up to the most.
-_FIRST_PAUSE, _LONGEST_PAUSE = 8, 512
+#: Of so many tokens behind a row, how many there is room for; takes the pages of these.
+Spare = Callable[[Row, int], int]
 
 
-@dataclass(frozen=True, slots=True)
-class Guess:
-    """What may follow a sequence's last token."""
+class Speculation(Protocol):
+    """What the scheduler asks, at every step, about all of its rows."""
 
-    token_ids: tuple[int, ...] = ()
-    #: Tokens before it that agree with those before what it was copied from.
-    agreed: int = 0
+    def extend(self, rows: list[Row], budget: int, spare: Spare) -> list[Row]:
+        """The rows of a step with guesses to verify, at most ``budget`` tokens in all."""
+        ...
+
+    def take(
+        self,
+        rows: Items[Row],
+        sampled: Mapping[int, list[Sampled]],
+        guessed: Items[Guessed],
+    ) -> None:
+        """What became of the rows, before their sequences get what was drawn."""
+        ...
+
+    def forget(self, seq_id: int) -> None:
+        """The sequence has lost its pages."""
+        ...
 
 
 class Proposer(Protocol):
-    """Where guesses come from."""
+    """Makes guesses at once."""
 
     def guess(self, row: Row, most: int) -> Guess:
         """At most ``most`` tokens to follow ``row.token_ids``; called in every step of the row."""
         ...
 
-    def forget(self, seq_id: int) -> None:
-        """The sequence has ended."""
-        ...
+    def forget(self, seq_id: int) -> None: ...
 
 
-class Chances:
-    """How often guesses came true, by how many tokens agreed behind them."""
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How far guesses go: ``most`` a row, and not beyond the answer's end."""
 
-    def __init__(self, start: Items[float] = _PRIOR) -> None:
-        self._of = list(start)
+    most: int
+    eos_token_ids: frozenset[int] = frozenset()
 
-    def copy(self) -> Chances:
-        return Chances(self._of)
+    def room(self, row: Row, drawn: int = 0) -> int:
+        """Guesses for a row once ``drawn`` more tokens are known: the last one is never guessed."""
+        if not row.sample:
+            return 0
+        spoken = len(row.token_ids) - row.num_prompt + drawn
+        return max(0, min(self.most, row.sampling.max_tokens - spoken - 1))
 
-    def chain(self, guess: Guess) -> list[float]:
-        """Of each guessed token, that it and all before it come true."""
-        each = (self._of[_class(guess, at)] for at in range(len(guess.token_ids)))
-        return list(accumulate(each, mul))
-
-    def learn(self, guess: Guess, accepted: int, rate: float) -> None:
-        """Take in that so many came true; of those behind the first failure nothing is known."""
-        for at in range(min(accepted + 1, len(guess.token_ids))):
-            kind = _class(guess, at)
-            self._of[kind] += rate * ((at < accepted) - self._of[kind])
-
-
-@dataclass(slots=True)
-class _History:
-    """What is known of one sequence's guesses."""
-
-    chances: Chances
-    guess: Guess = field(default_factory=Guess)
-    #: Steps since a guess was verified, and how many until one is tried all the same.
-    idle: int = 0
-    pause: int = _FIRST_PAUSE
+    def before_end(self, row: Row, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Up to a token that would end the answer: that one is drawn as well without a guess."""
+        ends = row.sampling.ends(self.eos_token_ids)
+        for at, token in enumerate(token_ids):
+            if token in ends:
+                return token_ids[:at]
+        return token_ids
 
 
-class Speculation:
-    """Which guesses each step verifies: at most ``most`` a row."""
+class ImmediateSpeculation:
+    """Guesses that are made in the step that verifies them."""
 
-    def __init__(
-        self,
-        proposer: Proposer,
-        costs: StepCosts,
-        most: int,
-        eos_token_ids: frozenset[int] = frozenset(),
-    ) -> None:
+    def __init__(self, proposer: Proposer, acceptance: Acceptance, limits: Limits) -> None:
         self._proposer = proposer
-        self._costs = costs
-        self._most = most
-        self._eos = eos_token_ids
-        self._common = Chances()
-        self._histories: dict[int, _History] = {}
+        self._acceptance = acceptance
+        self._limits = limits
+        self._agreed: dict[int, int] = {}
 
-    def extend(self, rows: list[Row], budget: int, spare: Callable[[Row, int], int]) -> list[Row]:
-        """The rows of a step with the guesses that are worth verifying.
-
-        :param budget: most tokens in all.
-        :param spare: of so many tokens behind a row, how many there is room for.
-        """
-        drafts = self.drafts(rows, budget)
-        return [_extended(row, drafts.get(row.seq_id, ()), spare) for row in rows]
-
-    def drafts(self, rows: Items[Row], budget: int) -> dict[int, tuple[int, ...]]:
-        """Guesses worth verifying, by sequence.
-
-        :param rows: of the step, without guesses.
-        :param budget: most tokens in all.
-        """
-        asking = []
-        for row in rows:
-            history = self._history(row.seq_id)
-            history.guess = self._proposer.guess(row, self._room(row))
-            history.guess = self._before_end(row, history.guess)
-            if history.guess.token_ids:
-                asking.append((row, history))
-        lengths = worthwhile(
-            [history.chances.chain(history.guess) for _, history in asking],
-            self._costs,
+    def extend(self, rows: list[Row], budget: int, spare: Spare) -> list[Row]:
+        guesses = {row.seq_id: self._guess(row) for row in rows}
+        self._agreed = {seq_id: guess.agreed for seq_id, guess in guesses.items()}
+        lengths = self._acceptance.lengths(
+            {id: (g.agreed, len(g.token_ids)) for id, g in guesses.items() if g.token_ids},
             tokens=sum(row.count for row in rows),
             draws=sum(row.sample for row in rows),
             budget=budget,
         )
-        left = budget - sum(lengths)
-        found = {}
-        for (row, history), length in zip(asking, lengths, strict=True):
-            if not length and left and self._due(history):
-                length, left = 1, left - 1
-            if length:
-                found[row.seq_id] = history.guess.token_ids[:length]
-        return found
+        drafts = {id: guesses[id].token_ids[:length] for id, length in lengths.items()}
+        return [with_draft(row, drafts.get(row.seq_id, ()), spare) for row in rows]
 
-    def learn(self, row: Row, accepted: int) -> None:
-        """Take in how many of a row's guesses came true."""
-        history = self._history(row.seq_id)
-        guess = Guess(row.draft, history.guess.agreed)
-        history.chances.learn(guess, accepted, _OWN_RATE)
-        self._common.learn(guess, accepted, _COMMON_RATE)
-        history.idle = 0
-        history.pause = _FIRST_PAUSE if accepted else min(2 * history.pause, _LONGEST_PAUSE)
+    def take(
+        self,
+        rows: Items[Row],
+        sampled: Mapping[int, list[Sampled]],
+        guessed: Items[Guessed],
+    ) -> None:
+        for row in rows:
+            if row.draft:
+                guess = Guess(row.draft, self._agreed[row.seq_id])
+                self._acceptance.learn(row.seq_id, guess, len(sampled[row.seq_id]) - 1)
 
     def forget(self, seq_id: int) -> None:
         self._proposer.forget(seq_id)
-        self._histories.pop(seq_id, None)
+        self._acceptance.forget(seq_id)
 
-    def _history(self, seq_id: int) -> _History:
-        if seq_id not in self._histories:
-            self._histories[seq_id] = _History(self._common.copy())
-        return self._histories[seq_id]
-
-    def _room(self, row: Row) -> int:
-        """Guesses that an answer has room for: the last token is drawn, and never guessed."""
-        if not row.sample:
-            return 0
-        spoken = len(row.token_ids) - row.num_prompt
-        return min(self._most, row.sampling.max_tokens - spoken - 1)
-
-    def _before_end(self, row: Row, guess: Guess) -> Guess:
-        """Up to a token that would end the answer: that one is drawn as well without a guess."""
-        ends = set(row.sampling.stop_token_ids)
-        if not row.sampling.ignore_eos:
-            ends |= self._eos
-        for at, token in enumerate(guess.token_ids):
-            if token in ends:
-                return Guess(guess.token_ids[:at], guess.agreed)
-        return guess
-
-    def _due(self, history: _History) -> bool:
-        history.idle += 1
-        return history.idle >= history.pause
+    def _guess(self, row: Row) -> Guess:
+        guess = self._proposer.guess(row, self._limits.room(row))
+        return replace(guess, token_ids=self._limits.before_end(row, guess.token_ids))
 
 
-def _extended(row: Row, draft: tuple[int, ...], spare: Callable[[Row, int], int]) -> Row:
+@dataclass(slots=True)
+class _Drafted:
+    """How far the draft model is with a sequence."""
+
+    #: First position that it has not computed, if the guesses come true.
+    computed: int
+    guess: tuple[int, ...] = ()
+
+
+class DraftSpeculation:
+    """Guesses that a draft model makes at the end of a step, for the next one to verify.
+
+    So it is before they are made that their number is decided. Where none are made, the draft model
+    falls behind, but catches up before a page is full: pages that are reused so have its keys and
+    values as well.
+    """
+
+    def __init__(self, acceptance: Acceptance, limits: Limits, block_size: int) -> None:
+        self._acceptance = acceptance
+        self._limits = limits
+        self._block_size = block_size
+        self._drafted: dict[int, _Drafted] = {}
+
+    def extend(self, rows: list[Row], budget: int, spare: Spare) -> list[Row]:
+        draws = sum(row.sample for row in rows)
+        lengths = self._acceptance.lengths(
+            {row.seq_id: (0, room) for row in rows if (room := self._limits.room(row, 1))},
+            tokens=draws,
+            draws=draws,
+            budget=max(0, budget + sum(row.count for row in rows) - draws),
+        )
+        found = []
+        for row in rows:
+            drafted = self._drafted.setdefault(row.seq_id, _Drafted(row.start))
+            guess = drafted.guess[: min(budget, self._limits.room(row))]
+            row = with_draft(row, self._limits.before_end(row, guess), spare)
+            budget -= len(row.draft)
+            found.append(self._with_lookahead(row, lengths.get(row.seq_id, 0), spare))
+        return found
+
+    def take(
+        self,
+        rows: Items[Row],
+        sampled: Mapping[int, list[Sampled]],
+        guessed: Items[Guessed],
+    ) -> None:
+        guesses = {item.seq_id: item.token_ids for item in guessed}
+        for row in rows:
+            drafted, end = self._drafted[row.seq_id], row.start + row.count - len(row.draft)
+            if row.sample:
+                end += (accepted := len(sampled[row.seq_id]) - 1)
+                if row.draft:
+                    self._acceptance.learn(row.seq_id, Guess(row.draft), accepted)
+            drafted.guess = guesses.get(row.seq_id, ())
+            # All guesses but the last are computed, and so is the token drawn before them.
+            drafted.computed = (
+                end + len(drafted.guess) if row.lookahead else min(drafted.computed, end)
+            )
+
+    def forget(self, seq_id: int) -> None:
+        self._drafted.pop(seq_id, None)
+        self._acceptance.forget(seq_id)
+
+    def _with_lookahead(self, row: Row, wanted: int, spare: Spare) -> Row:
+        count = spare(row, wanted) if wanted else 0
+        start, end = self._drafted[row.seq_id].computed, row.start + row.count
+        if not count and end // self._block_size * self._block_size <= start:
+            return row
+        return replace(row, lookahead=Lookahead(start, count))
+
+
+def with_draft(row: Row, draft: tuple[int, ...], spare: Spare) -> Row:
+    """The row with as many of these guesses as there is room for."""
     if not draft:
         return row
     draft = draft[: spare(row, len(draft))]
     return replace(row, draft=draft, count=row.count + len(draft))
-
-
-def _class(guess: Guess, at: int) -> int:
-    return min(guess.agreed + at, _CLASSES)

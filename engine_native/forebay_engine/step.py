@@ -48,6 +48,19 @@ class Guide(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Lookahead:
+    """What the draft model does at the end of a step: catch up with a row, and guess what follows.
+
+    The row's pages reach as far as the guesses.
+    """
+
+    #: First position that it has not computed, if the row's guesses come true.
+    start: int
+    #: Guesses wanted.
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One sequence's part of a step: ``count`` tokens from position ``start`` on."""
 
@@ -72,6 +85,8 @@ class Row:
     guide: Guide | None = None
     #: Wanted of the hidden states: the sequence's last one, or the sum of these tokens'.
     pooling: Pooling | None = None
+    #: None: the draft model, if there is one, has nothing to do.
+    lookahead: Lookahead | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +127,20 @@ class Pooled:
 
 
 @dataclass(frozen=True, slots=True)
+class Guessed:
+    """What a draft model guesses to follow the tokens that were just drawn."""
+
+    seq_id: int
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """For each row with ``sample``, in the plan's order: the guesses that came true, one more."""
 
     sampled: tuple[Sampled, ...]
     pooled: tuple[Pooled, ...] = ()
+    guessed: tuple[Guessed, ...] = ()
 
     def of(self, rows: Items[Row]) -> dict[int, list[Sampled]]:
         """What was drawn for each of the rows that wanted a sample, by ``seq_id``.

@@ -94,9 +94,10 @@ class NativeSettings(BackendSettings, kw_only=True, frozen=True):
     """Embeddings from the last hidden state or their mean; `auto`: as the model's folder says."""
     threads: int = 0
     """Compute threads; 0: the engine measures and chooses."""
-    speculation: Literal["none", "ngram"] = "none"
-    """Where guesses of the next tokens come from: `ngram`: what followed the last tokens where they
-    occurred before. Guesses change how fast an answer comes, not what it says."""
+    speculation: str = "none"
+    """Where guesses of the next tokens come from. `ngram`: what followed the last tokens where they
+    occurred before; else a draft model with the same vocabulary, by folder or name as in `path`.
+    Guesses change how fast an answer comes, not what it says."""
     speculation_tokens: int = 8
     """Most guesses verified in a step for each sequence."""
     exports_traces: bool = True
@@ -245,7 +246,7 @@ class NativeAdapter(Adapter):
     def _config(self) -> EngineConfig:
         settings = self._settings
         return EngineConfig(
-            model=str(self._folder()),
+            model=self._folder("path", settings.path),
             dtype=settings.dtype,
             quantization=settings.quantization,
             model_impl=settings.model_impl,
@@ -257,18 +258,23 @@ class NativeAdapter(Adapter):
             prefix_cache=settings.prefix_cache,
             pooling=settings.pooling,
             threads=settings.threads,
-            speculation=settings.speculation,
+            speculation=(
+                settings.speculation
+                if settings.speculation in ("none", "ngram")
+                else self._folder("speculation", settings.speculation)
+            ),
             speculation_tokens=settings.speculation_tokens,
         )
 
-    def _folder(self) -> Path:
-        path = Path(self._settings.path).expanduser()
-        pulled = self._context.data_dir.expanduser() / "models" / self._settings.path
+    def _folder(self, setting: str, name: str) -> str:
+        """Of a model that is given by its folder, or by its name."""
+        path = Path(name).expanduser()
+        pulled = self._context.data_dir.expanduser() / "models" / name
         for folder in (path, pulled):
             if (folder / "config.json").is_file():
-                return folder.absolute()
+                return str(folder.absolute())
         raise ConfigError(
-            f"backends.{self._context.name}.path: no model at {path} nor at {pulled}; "
+            f"backends.{self._context.name}.{setting}: no model at {path} nor at {pulled}; "
             f"fetch it with `forebay model pull {path.name}`"
         )
 

@@ -185,3 +185,44 @@ def test_the_thread_count_follows_the_runner_into_every_thread(
     thread.start()
     thread.join()
     assert counts == [1]
+
+
+def test_a_draft_model_must_have_the_same_tokens(
+    tiny_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    target = tiny_checkpoint("llama")
+    draft = shutil.copytree(tiny_checkpoint("qwen3"), tmp_path / "draft")
+    config = EngineConfig(model=str(target), speculation=str(draft), num_blocks=8, threads=1)
+    words = json.loads((draft / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    one, other = [word for word, number in vocabulary.items() if number in (200, 201)]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    (draft / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(ModelError, match="the tokens of .*draft are not those of"):
+        Runner(config)
+    shape = json.loads((draft / "config.json").read_text())
+    (draft / "config.json").write_text(json.dumps({**shape, "vocab_size": 390}))
+    with pytest.raises(ModelError, match="draft has 390 token ids, but .* 384"):
+        Runner(config)
+
+
+def test_a_draft_model_that_sees_more_than_pages_are_kept_for_is_refused(
+    tiny_checkpoint: Checkpoint,
+) -> None:
+    config = EngineConfig(
+        model=str(tiny_checkpoint("mistral")), speculation=str(tiny_checkpoint("llama"))
+    )
+    with pytest.raises(ModelError, match="see all positions, but the model's own keep 16"):
+        Runner(config)
+
+
+def test_steps_are_measured_where_guesses_are_made(tiny_checkpoint: Checkpoint) -> None:
+    folder = str(tiny_checkpoint("llama"))
+    runner = Runner(EngineConfig(model=folder, speculation=folder, num_blocks=40, threads=1))
+    runner.warm_up()
+    for costs in (runner.step_costs, runner.draft_costs):
+        assert costs is not None
+        # Of 40 pages of 32, a row of 128 takes four.
+        assert costs.tokens == (1, 2, 4, 8)
+        assert list(costs.seconds) == sorted(costs.seconds)
+        assert min(costs.seconds) > 0

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from forebay_engine.acceptance import Guess
 from forebay_engine.config import EngineConfig
 from forebay_engine.engine import Engine
 from forebay_engine.runner import Runner
 from forebay_engine.sequence import SamplingParams
-from forebay_engine.speculation import Guess
 from forebay_engine.step import Row
 from forebay_engine.tokenizer import Tokenizer
 from forebay_engine.wire import Done, Event, Generate, Output
@@ -267,3 +267,38 @@ async def test_guesses_change_no_token(
         assert 20 < counters.accepted_tokens < counters.drafted_tokens
         # Where every layer slides, pages come back before they run out.
         assert counters.preempted > 0 or family in ("mistral", "phi3")
+
+
+#: Target, draft: of different windows, heads and depths; and the model as its own draft.
+DRAFTS = [("llama", "gemma3"), ("gemma3", "qwen3"), ("mistral", "mistral"), ("gpt2", "gpt2")]
+
+
+@pytest.mark.parametrize(("family", "draft"), DRAFTS)
+async def test_a_draft_model_changes_no_token(
+    family: str, draft: str, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    """With a prefix cache whose hits must have the draft model's keys and values as well."""
+    plain = EngineConfig(
+        model=str(tiny_checkpoint(family)),
+        dtype="float32",
+        max_model_len=64,
+        block_size=4,
+        num_blocks=24,
+        threads=1,
+    )
+    guessing = replace(plain, speculation=str(tiny_checkpoint(draft)), speculation_tokens=3)
+    prompts = [[2, 17, 200], SHARED, [300], SHARED[:33]]
+    greedy = SamplingParams(temperature=0.0, max_tokens=16, min_tokens=16)
+    drawn = SamplingParams(
+        temperature=0.8, top_p=0.9, presence_penalty=0.5, max_tokens=16, ignore_eos=True
+    )
+    runner, drafting = Runner(plain), Runner(guessing)
+    for sampling in (greedy, drawn):
+        without, _ = await answers(runner, plain, prompts, sampling)
+        found, engine = await answers(drafting, guessing, prompts, sampling)
+        assert found == without
+        counters = engine.scheduler.counters
+        assert counters.drafted_tokens > 0
+        assert counters.cached_tokens > 0
+        # The same model draws with the same noise: what it guesses is what comes.
+        assert (counters.accepted_tokens == counters.drafted_tokens) == (family == draft)

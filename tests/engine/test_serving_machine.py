@@ -37,7 +37,8 @@ class Serving(RuleBasedStateMachine):
         sequences=st.integers(1, 5),
         prefix_cache=st.booleans(),
         windows=windows,
-        guesses=st.integers(0, 5),
+        speculation=st.sampled_from(["none", "ngram", "draft"]),
+        guesses=st.integers(1, 5),
         seed=st.integers(0, 99),
     )
     def boot(
@@ -48,6 +49,7 @@ class Serving(RuleBasedStateMachine):
         sequences: int,
         prefix_cache: bool,
         windows: tuple[int | None, ...],
+        speculation: str,
         guesses: int,
         seed: int,
     ) -> None:
@@ -58,11 +60,11 @@ class Serving(RuleBasedStateMachine):
             sequences=sequences,
             prefix_cache=prefix_cache,
             windows=windows,
-            speculation=guessing(seed, guesses) if guesses else None,
+            speculation=guessing(speculation, guesses, block_size, seed),
         )
         self.guesses = guesses
         self.budget, self.limit = budget, sequences
-        self.runner = ShadowRunner(block_size, windows)
+        self.runner = ShadowRunner(block_size, windows, seed if speculation == "draft" else None)
         self.alive: dict[int, Sequence] = {}
         self.ended: set[int] = set()
         self.now = 0.0
@@ -198,7 +200,7 @@ class Serving(RuleBasedStateMachine):
         for entry in self.scheduler._running:
             for group, table in zip(cache.groups, entry.pages.tables, strict=True):
                 held = len(table) - table.count(RELEASED)
-                tokens = len(entry.sequence.token_ids) + self.guesses
+                tokens = len(entry.sequence.token_ids) + 2 * self.guesses
                 assert held <= group.most_pages(tokens, self.budget, cache.block_size)
 
     @invariant()

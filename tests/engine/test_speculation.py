@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forebay_engine.acceptance import Acceptance, Guess
 from forebay_engine.costs import StepCosts, worthwhile
 from forebay_engine.prompt_lookup import NgramIndex, PromptLookup
-from forebay_engine.sequence import SamplingParams
-from forebay_engine.speculation import Guess, Speculation
-from forebay_engine.step import Row
+from forebay_engine.sequence import SamplingParams, Sequence
+from forebay_engine.speculation import DraftSpeculation, ImmediateSpeculation, Limits, Proposer
+from forebay_engine.step import Guessed, Row, Sampled
+from shadow_runner import ShadowRunner, guessing, make_scheduler, run
 
 FREE = StepCosts((1,), (1.0,))
 DEAR = StepCosts((1, 2), (1.0, 2.0))
@@ -22,6 +25,14 @@ DEAR = StepCosts((1, 2), (1.0, 2.0))
 def row(tokens: list[int], num_prompt: int = 1, **sampling: object) -> Row:
     params = SamplingParams(**{"max_tokens": 1000, **sampling})  # type: ignore[arg-type]
     return Row(7, tokens, len(tokens) - 1, 1, ((),), True, params, num_prompt)
+
+
+def immediate(proposer: Proposer, costs: StepCosts, most: int) -> ImmediateSpeculation:
+    return ImmediateSpeculation(proposer, Acceptance(costs), Limits(most, frozenset({9})))
+
+
+def everything(row: Row, wanted: int) -> int:
+    return wanted
 
 
 @pytest.mark.parametrize(
@@ -75,8 +86,9 @@ def test_a_long_prompt_is_indexed_over_several_steps() -> None:
 
 def test_an_answer_is_not_guessed_beyond_its_end() -> None:
     def drafted(tokens: list[int], **sampling: object) -> tuple[int, ...]:
-        speculation = Speculation(PromptLookup(), FREE, 8, frozenset({9}))
-        return speculation.drafts([row(tokens, len(tokens), **sampling)], 100).get(7, ())
+        speculation = immediate(PromptLookup(), FREE, 8)
+        (found,) = speculation.extend([row(tokens, len(tokens), **sampling)], 100, everything)
+        return found.draft
 
     again = [1, 2, 3, 4, 9, 5, 6, 1, 2]
     assert drafted(again) == (3, 4)
@@ -140,16 +152,14 @@ class Fixed:
 
 def drafted(chance: float, costs: StepCosts, steps: int, most: int = 4) -> list[int]:
     """How many guesses each step verified when each comes true with this chance."""
-    speculation = Speculation(Fixed(), costs, most)
+    speculation = immediate(Fixed(), costs, most)
     asked, random, found = row([1], max_tokens=10**6), Random(3), []
     for _ in range(steps):
-        draft = speculation.drafts([asked], 100).get(7, ())
-        found.append(len(draft))
-        if draft:
-            true = [random.random() < chance for _ in draft]
-            accepted = (*true, False).index(False)
-            drafted_row = Row(7, [1], 0, 1 + len(draft), ((),), True, asked.sampling, 1, draft)
-            speculation.learn(drafted_row, accepted)
+        (extended,) = speculation.extend([asked], 100, everything)
+        true = [random.random() < chance for _ in extended.draft]
+        accepted = (*true, False).index(False)
+        speculation.take([extended], {7: [Sampled(7, 5)] * (accepted + 1)}, ())
+        found.append(len(extended.draft))
     return found
 
 
@@ -177,11 +187,67 @@ def test_how_far_guesses_go_follows_how_often_they_come_true() -> None:
 
 
 def test_what_came_of_guesses_elsewhere_is_where_a_new_sequence_starts() -> None:
-    speculation = Speculation(Fixed(), FIFTH, 4)
+    speculation = immediate(Fixed(), FIFTH, 4)
+    lengths = []
     for number in range(60):
-        one = Row(number, [1], 0, 1, ((),), True, SamplingParams(max_tokens=99), 1)
-        draft = speculation.drafts([one], 100).get(number, ())
-        if draft:
-            speculation.learn(Row(number, [1], 0, 2, ((),), True, one.sampling, 1, draft), 0)
+        one = replace(row([1]), seq_id=number)
+        (extended,) = speculation.extend([one], 100, everything)
+        speculation.take([extended], {number: [Sampled(number, 0)]}, ())
         speculation.forget(number)
-    assert draft == ()
+        lengths.append(len(extended.draft))
+    assert lengths[0] > 0
+    assert lengths[-1] == 0
+
+
+def test_a_draft_model_guesses_while_that_pays_and_never_lacks_a_full_page() -> None:
+    """Its guess costs a quarter of a step."""
+    random, long = Random(5), []
+    for chance in (0.0, 0.9):
+        acceptance = Acceptance(StepCosts((1, 11), (1.0, 2.0)), StepCosts((1,), (0.25,)))
+        speculation = DraftSpeculation(acceptance, Limits(4), block_size=4)
+        tokens, computed, verified = [1], 0, []
+        while len(tokens) < 600:
+            asked = replace(row(tokens), start=len(tokens) - 1)
+            (extended,) = speculation.extend([asked], 100, everything)
+            verified.append(len(extended.draft))
+            true = [random.random() < chance for _ in extended.draft]
+            accepted = (*true, False).index(False)
+            tokens = [*tokens, *[5] * (accepted + 1)]
+            ahead, guesses = extended.lookahead, ()
+            if ahead is not None:
+                assert min(ahead.start, len(tokens) - 1) <= computed
+                guesses = (5,) * ahead.count
+                computed = len(tokens) - 1 + ahead.count
+            else:
+                computed = min(computed, len(tokens) - 1)
+            assert (len(tokens) - 1) // 4 * 4 <= computed
+            drawn = {7: [Sampled(7, 5)] * (accepted + 1)}
+            speculation.take([extended], drawn, [Guessed(7, guesses)] if guesses else [])
+        long.append(math.fsum(verified[100:]) / len(verified[100:]))
+    assert long[0] < 0.02
+    assert long[1] > 2
+
+
+def test_a_guess_that_needs_a_page_leaves_one_to_each_that_runs() -> None:
+    """Two pages of two: the second is needed for a third token, and not taken for a guess."""
+    guesses = guessing("ngram", 2, 2, seed=3)
+    scheduler = make_scheduler(blocks=2, speculation=guesses)
+    scheduler.add(Sequence(0, [1], SamplingParams(max_tokens=4, ignore_eos=True)))
+    for plan in run(scheduler, ShadowRunner(2)):
+        (only,) = plan.rows
+        assert only.start + only.count <= 2 or only.start >= 2
+
+
+def test_guesses_take_only_what_is_left_of_a_step() -> None:
+    scheduler = make_scheduler(blocks=60, budget=6, speculation=guessing("ngram", 5, 2, seed=1))
+    sequences = [
+        Sequence(id, [id], SamplingParams(max_tokens=9, ignore_eos=True)) for id in range(4)
+    ]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    alive = {0, 1, 2, 3}
+    for plan in run(scheduler, ShadowRunner(2)):
+        assert plan.num_tokens <= 6
+        assert {row.seq_id for row in plan.rows} == alive
+        alive = {sequence.id for sequence in sequences if sequence.finish_reason is None}
+    assert scheduler.counters.drafted_tokens > 0

@@ -30,6 +30,7 @@ class EchoRunner:
     generates = True
     eos_token_ids = frozenset({EOS})
     step_costs = StepCosts((1,), (1.0,))
+    draft_costs = None
 
     def __init__(self, config: EngineConfig, progress: Callable[[float], None]) -> None:
         self.block_size = config.block_size

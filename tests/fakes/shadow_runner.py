@@ -8,16 +8,22 @@ happens to its neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from random import Random
 
+from forebay_engine.acceptance import Acceptance, Guess
 from forebay_engine.cache import CacheGroup, KVCache
 from forebay_engine.costs import StepCosts
 from forebay_engine.scheduler import Scheduler
 from forebay_engine.sequence import SamplingParams
-from forebay_engine.speculation import Guess, Speculation
-from forebay_engine.step import Row, Sampled, StepPlan, StepResult
+from forebay_engine.speculation import (
+    DraftSpeculation,
+    ImmediateSpeculation,
+    Limits,
+    Speculation,
+)
+from forebay_engine.step import Guessed, Row, Sampled, StepPlan, StepResult
 
 EOS = 9
 
@@ -37,36 +43,68 @@ def expected(prompt: list[int], sampling: SamplingParams) -> list[int]:
     return tokens
 
 
-class ShadowRunner:
-    """``windows``: of the groups of layers."""
+#: By group, page and place in it: the tokens up to the one that is kept there.
+Slots = dict[tuple[int, int, int], tuple[int, ...]]
 
-    def __init__(self, block_size: int, windows: Items[int | None] = (None,)) -> None:
+
+class ShadowRunner:
+    """``windows``: of the groups of layers. It has a draft model too, if ``seed`` is not None."""
+
+    def __init__(
+        self, block_size: int, windows: Items[int | None] = (None,), seed: int | None = None
+    ) -> None:
         self.block_size = block_size
         self.windows = windows
-        #: By group, page and place in it: the tokens up to the one that is kept there.
-        self.slots: dict[tuple[int, int, int], tuple[int, ...]] = {}
+        self.slots: Slots = {}
+        #: The draft model's.
+        self.drafted: Slots = {}
+        self._chance = Random(seed) if seed is not None else None
 
     def execute(self, plan: StepPlan) -> StepResult:
         # All writes of a step happen before any read is trusted, as on a device.
         for row in plan.rows:
-            for group in range(len(self.windows)):
-                for position in range(row.start, row.start + row.count):
-                    self.slots[self._slot(row, group, position)] = self._prefix(row, position)
+            self._compute(self.slots, row, [*row.token_ids, *row.draft], row.start, row.count)
         for row in plan.rows:
-            for group, window in enumerate(self.windows):
-                first = 0 if window is None else max(0, row.start - window + 1)
-                for position in range(first, row.start + row.count):
-                    slot = self._slot(row, group, position)
-                    assert self.slots[slot] == self._prefix(row, position)
-        return StepResult(tuple(item for row in plan.rows if row.sample for item in _draw(row)))
+            self._check(self.slots, row, [*row.token_ids, *row.draft], row.start, row.count)
+        sampled = {row.seq_id: list(_draw(row)) for row in plan.rows if row.sample}
+        return StepResult(
+            tuple(item for items in sampled.values() for item in items),
+            guessed=tuple(self._guess(plan.rows, sampled)),
+        )
+
+    def _guess(self, rows: Items[Row], sampled: dict[int, list[Sampled]]) -> Iterator[Guessed]:
+        """As :class:`~forebay_engine.draft_model.DraftModel` does, right or wrong by chance."""
+        for row in rows:
+            assert self._chance is not None or row.lookahead is None
+            if self._chance is None or row.lookahead is None:
+                continue
+            drawn = [item.token_id for item in sampled.get(row.seq_id, [])]
+            computed = row.start + row.count - len(row.draft) + max(0, len(drawn) - 1)
+            known = [*row.token_ids, *drawn][: computed + (row.lookahead.count > 0)]
+            start = min(row.lookahead.start, computed)
+            guesses = guessed(known, row.lookahead.count, self._chance)
+            tokens = [*known, *guesses[:-1]]
+            self._compute(self.drafted, row, tokens, start, len(tokens) - start)
+            self._check(self.drafted, row, tokens, start, len(tokens) - start)
+            if guesses:
+                yield Guessed(row.seq_id, tuple(guesses))
+
+    def _compute(self, slots: Slots, row: Row, tokens: list[int], start: int, count: int) -> None:
+        for group in range(len(self.windows)):
+            for position in range(start, start + count):
+                slots[self._slot(row, group, position)] = tuple(tokens[: position + 1])
+
+    def _check(self, slots: Slots, row: Row, tokens: list[int], start: int, count: int) -> None:
+        for group, window in enumerate(self.windows):
+            first = 0 if window is None else max(0, start - window + 1)
+            for position in range(first, start + count):
+                slot = self._slot(row, group, position)
+                assert slots[slot] == tuple(tokens[: position + 1])
 
     def _slot(self, row: Row, group: int, position: int) -> tuple[int, int, int]:
         page = row.block_tables[group][position // self.block_size]
         assert page >= 0
         return group, page, position % self.block_size
-
-    def _prefix(self, row: Row, position: int) -> tuple[int, ...]:
-        return tuple([*row.token_ids, *row.draft][: position + 1])
 
 
 def _draw(row: Row) -> Iterator[Sampled]:
@@ -102,26 +140,52 @@ def make_scheduler(
     )
 
 
+def guessed(tokens: Items[int], count: int, chance: Random) -> list[int]:
+    """Guesses to follow the tokens, right or wrong by chance."""
+    known = list(tokens)
+    for _ in range(count):
+        right = chance.random() < 0.7
+        known.append(drawn(tuple(known)) if right else chance.randrange(10))
+    return known[len(tokens) :]
+
+
 class Guesser:
-    """Guesses right or wrong by chance, whatever came before."""
+    """Guesses as many tokens as it likes, whatever came before."""
 
     def __init__(self, seed: int) -> None:
         self._chance = Random(seed)
 
     def guess(self, row: Row, most: int) -> Guess:
-        tokens = list(row.token_ids)
-        for _ in range(self._chance.randint(0, most)):
-            right = self._chance.random() < 0.7
-            tokens.append(drawn(tuple(tokens)) if right else self._chance.randrange(10))
-        return Guess(tuple(tokens[len(row.token_ids) :]), self._chance.randrange(9))
+        found = guessed(row.token_ids, most, self._chance)
+        return Guess(tuple(found), self._chance.randrange(9))
 
     def forget(self, seq_id: int) -> None:
         pass
 
 
-def guessing(seed: int, most: int) -> Speculation:
-    """Verifies all guesses: steps cost the same, however large."""
-    return Speculation(Guesser(seed), StepCosts((1,), (1.0,)), most, frozenset({EOS}))
+class Whim(Acceptance):
+    """Any number of guesses is worth it, at any time."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(StepCosts((1,), (1.0,)))
+        self._chance = Random(seed)
+
+    def lengths(
+        self, offers: Mapping[int, tuple[int, int]], *, tokens: int, draws: int, budget: int
+    ) -> dict[int, int]:
+        found = {}
+        for seq_id, (_, most) in offers.items():
+            found[seq_id] = min(budget, self._chance.choice([0, 0, 1, most]))
+            budget -= found[seq_id]
+        return found
+
+
+def guessing(kind: str, most: int, block_size: int, seed: int) -> Speculation | None:
+    """``none``, ``ngram`` or ``draft``."""
+    limits = Limits(most, frozenset({EOS}))
+    if kind == "ngram":
+        return ImmediateSpeculation(Guesser(seed), Whim(seed), limits)
+    return DraftSpeculation(Whim(seed), limits, block_size) if kind == "draft" else None
 
 
 def run(scheduler: Scheduler, runner: ShadowRunner) -> Iterator[StepPlan]:
