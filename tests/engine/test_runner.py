@@ -198,11 +198,11 @@ def test_a_draft_model_must_have_the_same_tokens(
     one, other = [word for word, number in vocabulary.items() if number in (200, 201)]
     vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
     (draft / "tokenizer.json").write_text(json.dumps(words))
-    with pytest.raises(ModelError, match="the tokens of .*draft are not those of"):
+    with pytest.raises(ModelError, match=r"the tokens of .*draft are not those of"):
         Runner(config)
     shape = json.loads((draft / "config.json").read_text())
     (draft / "config.json").write_text(json.dumps({**shape, "vocab_size": 390}))
-    with pytest.raises(ModelError, match="draft has 390 token ids, but .* 384"):
+    with pytest.raises(ModelError, match=r"draft has 390 token ids, but .* 384"):
         Runner(config)
 
 

@@ -523,7 +523,7 @@ def test_paths_are_folders_or_names_of_pulled_models(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"backends\.native\.path: .*forebay model pull tiny"):
         asyncio.run(adapter.start())
     (pulled / "config.json").write_text("{}")
-    assert adapter._folder() == pulled
+    assert adapter._config().model == str(pulled)
     (tmp_path / "config.json").write_text("{}")
     assert (
         NativeAdapter(
