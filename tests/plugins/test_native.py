@@ -525,12 +525,9 @@ def test_paths_are_folders_or_names_of_pulled_models(tmp_path: Path) -> None:
     (pulled / "config.json").write_text("{}")
     assert adapter._config().model == str(pulled)
     (tmp_path / "config.json").write_text("{}")
-    assert (
-        NativeAdapter(
-            NativeSettings(adapter="native", path=str(tmp_path)), context(tmp_path, {})
-        )._folder()
-        == tmp_path
-    )
+    assert NativeAdapter(
+        NativeSettings(adapter="native", path=str(tmp_path)), context(tmp_path, {})
+    )._config().model == str(tmp_path)
 
 
 async def test_what_was_not_started_has_no_engine() -> None:
