@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
+from forebay_engine.acceptance import Acceptance
 from forebay_engine.blocks import RELEASED
 from forebay_engine.cache import CacheGroup, KVCache
 from forebay_engine.costs import StepCosts
@@ -22,7 +23,7 @@ from forebay_engine.prompt_lookup import PromptLookup
 from forebay_engine.scheduler import Scheduler
 from forebay_engine.sequence import SamplingParams
 from forebay_engine.sequence import Sequence as Tokens
-from forebay_engine.speculation import Speculation
+from forebay_engine.speculation import ImmediateSpeculation, Limits, Speculation
 from forebay_engine.step import Row, Sampled, StepResult
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
@@ -399,7 +400,7 @@ def draw_speculation() -> str:
     )
     # Every step costs about the same, as one does that reads the weights whatever its tokens.
     costs = StepCosts(tokens=(1, 64), seconds=(1.0, 1.1))
-    speculation = Speculation(PromptLookup(), costs, most=5)
+    speculation = ImmediateSpeculation(PromptLookup(), Acceptance(costs), Limits(5))
     asked = Asked("A", 0, prompt, answer)
     run = Run([asked], scheduler(blocks=32, budget=64, sequences=1, speculation=speculation)).run()
     box, lane, left, top = 62, 34, 150, 84

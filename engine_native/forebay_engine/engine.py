@@ -98,9 +98,7 @@ class Engine:
             max_sequences=config.max_sequences,
             max_model_len=self.max_model_len,
             eos_token_ids=runner.eos_token_ids,
-            speculation=settle_speculation(
-                config, runner.step_costs, runner.draft_costs, runner.eos_token_ids
-            ),
+            speculation=settle_speculation(config, runner),
         )
         self._encoder = PromptEncoder(tokenizer, template, runner.vocab_size)
         self._grammars = Grammars(tokenizer, runner.vocab_size, runner.eos_token_ids)

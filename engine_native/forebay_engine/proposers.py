@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from forebay_engine.acceptance import Acceptance
 from forebay_engine.config import EngineConfig
 from forebay_engine.costs import StepCosts
@@ -10,15 +12,18 @@ from forebay_engine.prompt_lookup import PromptLookup
 from forebay_engine.speculation import DraftSpeculation, ImmediateSpeculation, Limits, Speculation
 
 
-def settle_speculation(
-    config: EngineConfig,
-    costs: StepCosts,
-    draft_costs: StepCosts | None,
-    eos_token_ids: frozenset[int],
-) -> Speculation | None:
+class Guessable(Protocol):
+    """What must be known of a loaded model to guess its tokens."""
+
+    eos_token_ids: frozenset[int]
+    step_costs: StepCosts
+    #: Of a guess of the draft model, by rows; None: there is none.
+    draft_costs: StepCosts | None
+
+
+def settle_speculation(config: EngineConfig, model: Guessable) -> Speculation | None:
     """None: nothing is guessed.
 
-    :param draft_costs: of the draft model, where there is one.
     :raises StartRefused: there is nothing to guess.
     """
     if config.speculation == "none":
@@ -28,8 +33,8 @@ def settle_speculation(
             f"speculation_tokens is {config.speculation_tokens}; it must be at least 1 "
             "(speculation: none switches it off)"
         )
-    limits = Limits(config.speculation_tokens, eos_token_ids)
-    acceptance = Acceptance(costs, draft_costs)
+    limits = Limits(config.speculation_tokens, model.eos_token_ids)
+    acceptance = Acceptance(model.step_costs, model.draft_costs)
     if config.draft_model is None:
         return ImmediateSpeculation(PromptLookup(), acceptance, limits)
     return DraftSpeculation(acceptance, limits, config.block_size)
