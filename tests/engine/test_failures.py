@@ -36,6 +36,7 @@ class Fragile:
     eos_token_ids = frozenset({1})
     cache_groups = (CacheGroup(64),)
     step_costs = StepCosts((1,), (1.0,))
+    generates = True
 
     def __init__(self) -> None:
         self.broken = False
