@@ -31,7 +31,7 @@ from forebay_engine.client import (
     SamplingParams,
     Status,
 )
-from forebay_engine.wire import frame
+from forebay_engine.wire import GuideKind, GuideSpec, frame
 
 #: Tokens of prompts that many share.
 SHARED = [[5 + (7 * i + k) % 370 for i in range(60)] for k in range(4)]
@@ -54,6 +54,18 @@ def sampling(random: Random, **asked: object) -> SamplingParams:
 def ask(prompt: list[int], params: SamplingParams, **asked: object) -> Generate:
     return Generate(prompts=[prompt], sampling=params, **asked)  # type: ignore[arg-type] # by keyword
 
+
+def guided(random: Random) -> Generate:
+    kind, source = random.choice(GUIDES)
+    params = sampling(random, temperature=1.0, max_tokens=random.randint(3, 40))
+    return ask(tokens(random, 1, 9), params, guide=GuideSpec(kind, source), seed=5)
+
+
+GUIDES: list[tuple[GuideKind, str]] = [
+    ("regex", "[a-z]{2,8}( [0-9]+)*"),
+    ("choice", '["water", "wheel", "shaft"]'),
+    ("json", '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}'),
+]
 
 #: Share of the requests, and how one of the kind is made.
 MIX: dict[str, tuple[int, Callable[[Random], Generate]]] = {
@@ -91,6 +103,7 @@ MIX: dict[str, tuple[int, Callable[[Random], Generate]]] = {
         1,
         lambda r: Generate(prompts=[r.choice(SHARED), tokens(r, 1, 9)], sampling=sampling(r)),
     ),
+    "guided": (2, guided),
     "bad words": (1, lambda r: ask(tokens(r, 1, 9), sampling(r), bad_words=["the", [7, 8]])),
 }
 #: How many events a client takes before it goes; None: all.
@@ -269,6 +282,7 @@ async def soak(folder: Path, count: int, speculation: str) -> dict[str, object]:
         await client.aclose()
 
 
+@pytest.mark.timeout(180)
 async def test_a_mixed_crowd_leaves_nothing_behind(
     tiny_checkpoint: Callable[[str], Path],
 ) -> None:
