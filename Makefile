@@ -5,7 +5,7 @@ DEMO := gemma-3-270m
 PACKAGES := gateway plugins engine_native kernels router_policies
 ARGS ?=
 
-.PHONY: help serve test check lint format docs conformance e2e bench bench-engine set-up set-up-dev model clean
+.PHONY: help serve test check lint format docs conformance e2e soak bench bench-engine set-up set-up-dev model clean
 
 help: ## show this
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
