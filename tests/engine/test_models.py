@@ -16,7 +16,7 @@ from decoding import (
     GREEDY,
     Decoding,
     Tensors,
-    greedy_answer,
+    assert_greedy,
     prompts,
     reference_logprobs,
     reference_model,
@@ -37,7 +37,7 @@ FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma2", "phi3"]
 FAMILIES += ["gpt2", "opt", "opt-350m"]
 MIXTURES = ["mixtral", "qwen3-moe", "qwen3-moe-2"]
 #: Where the cut of the work matters in its own way; the others share their code.
-CUT = ["llama", "mistral", "qwen3", "gemma3", "gemma2"]
+CUT = ["llama", "mistral", "qwen3", "gemma3"]
 
 
 @pytest.mark.parametrize("family", FAMILIES + MIXTURES)
@@ -63,8 +63,7 @@ def test_greedy_answers_equal_transformers(family: str, tiny_checkpoint: Checkpo
     folder = tiny_checkpoint(family)
     model = reference_model(folder, torch.float32)
     asked = prompts(5, 31)
-    want = [greedy_answer(model, prompt, 48) for prompt in asked]
-    assert Decoding(tiny_runner(folder), asked, GREEDY).finish(48) == want
+    assert_greedy(model, asked, Decoding(tiny_runner(folder), asked, GREEDY).finish(48))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 8, 33])
@@ -87,10 +86,9 @@ def test_phi3_beyond_its_original_context_takes_the_long_factors(
     folder = tiny_checkpoint("phi3")
     asked = prompts(520, 600)
     model = reference_model(folder, torch.float32)
-    want = [greedy_answer(model, prompt, 8) for prompt in asked]
     runner = tiny_runner(folder, num_blocks=160, max_model_len=1024)
     assert runner.max_model_len == 1024
-    assert Decoding(runner, asked, GREEDY).finish(8, chunk=200) == want
+    assert_greedy(model, asked, Decoding(runner, asked, GREEDY).finish(8, chunk=200))
 
 
 @pytest.mark.parametrize("block_size", [1, 5, 16, 64])
@@ -117,20 +115,20 @@ def test_bfloat16_stays_near_float32(family: str, tiny_checkpoint: Checkpoint) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_demo_model_answers_as_transformers_does(dtype: str, demo_model: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "impl"),
+    [("bfloat16", "native"), ("float32", "native"), ("float32", "transformers")],
+)
+def test_demo_model_answers_as_transformers_does(dtype: str, impl: str, demo_model: Path) -> None:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(demo_model / "tokenizer.json"))
-    prompt = tokenizer.encode("The capital of France is").ids
-    answer = Decoding(tiny_runner(demo_model, dtype=dtype), [prompt], GREEDY).finish(32)[0]
-    model = reference_model(demo_model, getattr(torch, dtype))
-    with torch.inference_mode():  # one pass: its greedy chain is ours if every next token is
-        logits = model(torch.tensor([prompt + answer]), use_cache=False).logits[0]
-    logits = logits[len(prompt) - 1 : -1].float()
-    behind = logits.amax(-1) - logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+    asked = [tokenizer.encode("The capital of France is").ids]
+    runner = tiny_runner(demo_model, dtype=dtype, model_impl=impl)
+    answers = Decoding(runner, asked, GREEDY).finish(32)
     # Logits between 16 and 32 are 0.125 apart in bfloat16, and each side rounds its own.
-    assert behind.max() <= (0.25 if dtype == "bfloat16" else 0.0)
+    slack = 0.25 if dtype == "bfloat16" else 0.0
+    assert_greedy(reference_model(demo_model, getattr(torch, dtype)), asked, answers, slack)
 
 
 def test_gpt2_as_it_was_first_stored_is_the_same(
@@ -200,8 +198,8 @@ def test_float16_is_served_in_float32(tiny_checkpoint: Checkpoint, tmp_path: Pat
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
     model = reference_model(folder, torch.float32)
-    want = [greedy_answer(model, prompt, 16) for prompt in prompts(9)]
-    assert Decoding(tiny_runner(folder), prompts(9), GREEDY).finish(16) == want
+    asked = prompts(9)
+    assert_greedy(model, asked, Decoding(tiny_runner(folder), asked, GREEDY).finish(16))
 
 
 def test_old_config_keys_mean_the_same(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:

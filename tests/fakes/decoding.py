@@ -96,11 +96,19 @@ def reference_logprobs(model: Any, tokens: list[int]) -> torch.Tensor:
     return logits.float().log_softmax(-1)
 
 
-def greedy_answer(model: Any, prompt: list[int], length: int) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(length):
-        tokens.append(int(reference_logprobs(model, tokens).argmax()))
-    return tokens[len(prompt) :]
+def assert_greedy(
+    model: Any, asked: list[list[int]], answers: list[list[int]], slack: float = 0.0
+) -> None:
+    """At each place of each answer no token is likelier: it is the model's greedy chain.
+
+    ``slack``: by how much a logit may be behind the highest, where both sides round.
+    """
+    for prompt, answer in zip(asked, answers, strict=True):
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + answer]), use_cache=False).logits[0].float()
+        logits = logits[len(prompt) - 1 : -1]
+        behind = logits.amax(-1) - logits.gather(1, torch.tensor(answer).unsqueeze(1))[:, 0]
+        assert float(behind.max()) <= slack, behind.tolist()
 
 
 def restored(source: Path, target: Path, change: Callable[[Tensors], Tensors]) -> Path:
