@@ -90,7 +90,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     # Caps low enough to be felt.
     "gemma2": (
         "Gemma2Config",
-        {**_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+        {**_GEMMA, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 3.0},
     ),
     # Up to 512 positions the short factors; of a head's 16 dimensions 12 are rotated.
     "phi3": (

@@ -154,14 +154,80 @@ def test_what_transformers_cannot_give_us_is_refused(
         tiny_runner(folder, model_impl="transformers")
 
 
-def test_tokens_that_mix_outside_attention_are_noticed(
-    tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+Forward = Callable[..., Any]
+
+
+def mixing(straight: Forward) -> Forward:
+    return lambda self, x: straight(self, x.cumsum(1))
+
+
+def twice(straight: Forward) -> Forward:
+    return lambda self, *args, **said: (
+        straight(self, *args, **said) and straight(self, *args, **said)
+    )
+
+
+def in_all_but_one(straight: Forward) -> Forward:
+    def forward(self: Any, hidden_states: torch.Tensor, **said: Any) -> Any:
+        if self.layer_idx == 1:
+            return hidden_states, None
+        return straight(self, hidden_states, **said)
+
+    return forward
+
+
+def with_a_bias(straight: Forward) -> Forward:
+    return lambda self, *args, **said: straight(self, *args, bias=torch.ones(1), **said)
+
+
+def to_both_sides(straight: Forward) -> Forward:
+    def forward(self: Any, *args: Any, **said: Any) -> Any:
+        self.is_causal = False
+        return straight(self, *args, **said)
+
+    return forward
+
+
+def by_another_window(straight: Forward) -> Forward:
+    def forward(self: Any, *args: Any, **said: Any) -> Any:
+        return straight(self, *args, **{**said, "attention_mask": torch.tensor(8)})
+
+    return forward
+
+
+def of_few_tokens(straight: Forward) -> Forward:
+    def forward(self: Any, *args: Any, **said: Any) -> Any:
+        found = straight(self, *args, **said)
+        found.logits = found.logits[..., :100]
+        return found
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "why"),
+    [
+        ("MLP", mixing, "its tokens see each other otherwise than through attention"),
+        ("Attention", twice, "its layer 0 attends twice"),
+        ("Attention", in_all_but_one, "of its 3 layers 2 use the interface"),
+        ("Attention", with_a_bias, "its attention wants bias"),
+        ("Attention", to_both_sides, "its layer 0 also sees later tokens"),
+        ("Attention", by_another_window, "its layer 0 does not slide as its configuration says"),
+        ("ForCausalLM", of_few_tokens, "its logits are not one for each token"),
+    ],
+)
+def test_a_model_that_does_more_than_we_keep_is_noticed(
+    part: str,
+    change: Callable[[Forward], Forward],
+    why: str,
+    tiny_checkpoint: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    olmo: Any = import_module("transformers.models.olmo2.modeling_olmo2")
-    straight = olmo.Olmo2MLP.forward
-    monkeypatch.setattr(olmo.Olmo2MLP, "forward", lambda self, x: straight(self, x.cumsum(1)))
-    with pytest.raises(ModelError, match="its tokens see each other otherwise than through att"):
-        tiny_runner(tiny_checkpoint("olmo2"))
+    cohere: Any = import_module("transformers.models.cohere2.modeling_cohere2")
+    changed = getattr(cohere, f"Cohere2{part}")
+    monkeypatch.setattr(changed, "forward", change(changed.forward))
+    with pytest.raises(ModelError, match=why):
+        tiny_runner(tiny_checkpoint("cohere2"))
 
 
 def test_masks_of_other_kinds_are_noticed() -> None:

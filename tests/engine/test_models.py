@@ -228,8 +228,10 @@ def test_old_phi3_config_keys_mean_the_same(tiny_checkpoint: Checkpoint, tmp_pat
 
 def test_what_gemma_2_files_leave_out_is_known(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     left_out = ["tie_word_embeddings", "attn_logit_softcapping", "final_logit_softcapping"]
+    left_out.append("layer_types")
     folder = rewritten(tiny_checkpoint("gemma2"), tmp_path / "less", {}, left_out)
     found = read_config(folder)
+    assert found.sliding == (True, False, True)
     assert found.tie_word_embeddings
     assert (found.attn_logit_softcapping, found.final_logit_softcapping) == (50.0, 30.0)
 
