@@ -337,7 +337,7 @@ def write(path: Path | None, found: object) -> None:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def _assigned(text: str) -> tuple[str, int]:

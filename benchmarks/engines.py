@@ -44,7 +44,9 @@ listen: {{port: {port}}}
 admin: {{port: 0}}
 logging: {{level: warning}}
 models:
-  {model}: {{backends: [native]}}
+  {model}:
+    backends: [native]
+    timeouts: {{first_token: 0, inter_token: 0, total: 0}} # its peers have none
 backends:
   native: {settings}
 """
@@ -184,7 +186,8 @@ class NativeTarget:
 @contextmanager
 def busy_neighbour() -> Iterator[None]:
     """A process that wants a core for itself."""
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    command = [sys.executable, "-c", "while True: pass"]
+    process = subprocess.Popen(command, start_new_session=True)
     try:
         yield
     finally:
@@ -203,8 +206,13 @@ async def _server(command: list[str], port: int, **environment: str) -> AsyncIte
     target = HttpTarget(f"http://127.0.0.1:{port}", MODEL)
     with tempfile.TemporaryFile() as log:
         begin = time.monotonic()
+        # In a session of its own, as Forebay's engine is: Linux shares time among sessions first.
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=inherited | environment
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=inherited | environment,
+            start_new_session=True,
         )
 
         def refuse_ended() -> None:
