@@ -29,6 +29,7 @@ from forebay_engine.errors import (
     RequestRefused,
 )
 from forebay_engine.sequence import FinishReason, SamplingParams
+from forebay_engine.watermark import Watermark
 from forebay_engine.wire import (
     EXIT_REFUSED,
     Abort,
@@ -77,6 +78,7 @@ __all__ = [
     "Status",
     "Tokenize",
     "Tokenized",
+    "Watermark",
 ]
 
 Question = GetStatus | Embed | Tokenize | Detokenize

@@ -32,6 +32,10 @@ class EngineConfig:
     #: Embeddings from the ``last`` hidden state or their ``mean``; ``auto``: as the folder's
     #: ``1_Pooling`` says, or ``none``.
     pooling: str = "auto"
+    #: Of every answer: a scheme with its parameters (``watermark.parse``); empty: where asked.
+    watermark: str = ""
+    #: File with the watermark's key; empty: it is in the environment, or there is none.
+    watermark_key_file: str = ""
     #: Compute threads; 0: the engine measures and chooses.
     threads: int = 0
     #: Where guesses of the next tokens come from: ``none``; ``ngram``: what followed the last

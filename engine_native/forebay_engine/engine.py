@@ -33,6 +33,7 @@ from forebay_engine.scheduler import Scheduler
 from forebay_engine.sequence import FinishReason, SamplingParams, Sequence
 from forebay_engine.step import NO_TOKEN, Sampled, StepPlan, StepResult
 from forebay_engine.tokenizer import Tokenizer
+from forebay_engine.watermark import Marks
 from forebay_engine.wire import (
     Accepted,
     Detokenize,
@@ -100,7 +101,7 @@ class Engine:
             eos_token_ids=runner.eos_token_ids,
             speculation=settle_speculation(config, runner),
         )
-        self._encoder = PromptEncoder(tokenizer, template, runner.vocab_size)
+        self._encoder = PromptEncoder(tokenizer, template, runner.vocab_size, Marks.settled(config))
         self._grammars = Grammars(tokenizer, runner.vocab_size, runner.eos_token_ids)
         self._choices: dict[int, Choice] = {}
         self._ids = count()
@@ -126,9 +127,8 @@ class Engine:
         if not self.generates:
             raise RequestRefused("this model gives embeddings only", "model")
         submitted = time.monotonic()
-        prompts = await asyncio.to_thread(self._encoder.encode, command)
+        prompts, sampling = await asyncio.to_thread(self._encoder.settle, command)
         refuse_priority(command.priority)
-        sampling = await asyncio.to_thread(self._encoder.sampling, command)
         samplings = [self._sampling(command, sampling, prompt) for prompt in prompts]
         grammar = await self._grammars.get(command.guide) if command.guide is not None else None
         request = Request(command, emit, sum(map(len, prompts)), submitted)

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from forebay_engine.noise import token_bits
 from forebay_engine.sequence import SamplingParams
+from forebay_engine.watermark import Watermark, key_of
 
 #: Share of the whole down to which tokens are sorted for top-p, before all are.
 _SHARES = (1e-3, 1e-5)
@@ -64,6 +66,17 @@ def penalise(
     if params.frequency_penalty != 0.0:
         each = torch.full(answer.shape, -params.frequency_penalty, device=logits.device)
         logits.index_add_(0, answer, each)
+
+
+def raise_green(logits: Tensor, mark: Watermark, keys: Items[int]) -> None:
+    """Add ``delta`` to the tokens that are green under the keys of their context, in place."""
+    ids = torch.arange(len(logits), dtype=torch.int32, device=logits.device)
+    least = token_bits(keys[0], ids)
+    if mark.seeding == "selfhash":
+        for key in keys[1:]:
+            torch.minimum(least, token_bits(key, ids), out=least)
+        least = token_bits(key_of(mark, ()), least)
+    logits.add_(least < mark.threshold, alpha=mark.delta)
 
 
 def as_tensor(token_ids: Items[int], device: torch.device) -> Tensor:

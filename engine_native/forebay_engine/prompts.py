@@ -11,6 +11,7 @@ from forebay_engine.chat import ChatTemplate
 from forebay_engine.errors import RequestRefused
 from forebay_engine.sequence import SamplingParams
 from forebay_engine.tokenizer import Tokenizer
+from forebay_engine.watermark import Marks
 from forebay_engine.wire import Detokenize, Generate, Tokenize
 
 #: Each costs a name and a number for every token sent.
@@ -21,14 +22,27 @@ MAX_BIAS = 100.0
 
 class PromptEncoder:
     def __init__(
-        self, tokenizer: Tokenizer, template: ChatTemplate | None, vocab_size: int
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        vocab_size: int,
+        marks: Marks | None = None,
     ) -> None:
+        self._marks = marks or Marks()
         self._tokenizer = tokenizer
         self._template = template
         self._vocab_size = vocab_size
 
+    def settle(self, command: Generate) -> tuple[list[list[int]], SamplingParams]:
+        """A valid command's prompts and sampling. Slow for long texts: call it in a thread.
+
+        :raises RequestRefused: naming the field that is wrong.
+        """
+        sampling = self.sampling(command)
+        return self.encode(command), sampling
+
     def encode(self, command: Generate) -> list[list[int]]:
-        """Token ids of each prompt of a valid command. Slow for long texts: call it in a thread.
+        """Token ids of each prompt of a valid command.
 
         :raises RequestRefused: naming the field that is wrong.
         """
@@ -41,7 +55,7 @@ class PromptEncoder:
         return [self._prompt(prompt, "prompt") for prompt in command.prompts]
 
     def sampling(self, command: Generate) -> SamplingParams:
-        """The command's sampling, checked, with its bad words as tokens.
+        """The command's sampling, checked, with its bad words as tokens, and its mark.
 
         :raises RequestRefused: naming the field that is wrong.
         """
@@ -56,7 +70,8 @@ class PromptEncoder:
             raise RequestRefused(
                 "every one of allowed_token_ids is among bad_words: no token is left", "bad_words"
             )
-        return replace(asked, bad_words=words)
+        mark = self._marks.of(command.watermark, asked.temperature)
+        return replace(asked, bad_words=words, watermark=mark)
 
     def _bad_word(self, word: str | list[int]) -> list[tuple[int, ...]]:
         """A word's tokens; those of a text as it stands after a space, and at the very start."""

@@ -6,8 +6,9 @@ position, token id) and not a generator's next number, so a request's text does 
 batch it ran in, on how its prompt was cut, or on a preemption.
 
 In order, for each place: what the grammar allows, allowed ids, bad words, ban of stop tokens
-(``min_tokens``), logit bias, repetition, presence and frequency penalty, temperature, top-k, top-p,
-min-p, typical. All of it is a function of the tokens before the place alone.
+(``min_tokens``), logit bias, repetition, presence and frequency penalty, a watermark's green list,
+temperature, top-k, top-p, min-p, typical; a watermark's noise, where there is one, stands in for
+that of seed and position. All of it is a function of the tokens before the place alone.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ from forebay_engine.logits import (
     largest,
     last_tokens,
     penalise,
+    raise_green,
     reaching,
 )
 from forebay_engine.noise import MAX_NOISE, gumbel, position_key
 from forebay_engine.sequence import SamplingParams
 from forebay_engine.step import NO_TOKEN, Row, Sampled
+from forebay_engine.watermark import context_keys
 
 #: So few tokens get their noise without further thought.
 _FEW = 4096
@@ -97,6 +100,7 @@ def _is_plain_greedy(place: Place) -> bool:
     return (
         params.temperature == 0
         and place.allowed is None
+        and params.watermark is None
         and not (params.logit_bias or _has_penalty(params) or _may_ban(place))
     )
 
@@ -130,12 +134,18 @@ def _choose(logits: Tensor, place: Place, eos_token_ids: frozenset[int]) -> int:
         bias(logits, params.logit_bias)
     if _has_penalty(params):
         penalise(logits, place.token_ids, place.num_prompt, params)
+    mark = params.watermark
+    marked = context_keys(mark, place.token_ids, place.num_prompt) if mark else ()
+    if mark and marked and mark.scheme == "kgw":
+        raise_green(logits, mark, marked)
     top, likeliest = logits.max(-1)
     if top == -math.inf:
         return NO_TOKEN
     if params.temperature == 0:
         return int(likeliest)
     logits, ids = keep(logits.div_(params.temperature), params)
+    if mark and marked and mark.scheme == "gumbel":
+        return _draw(logits, ids, marked[0])
     # The token to draw stands at this position, however the tokens before it were batched.
     return _draw(logits, ids, position_key(params.seed, len(place.token_ids)))
 

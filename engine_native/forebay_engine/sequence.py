@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from forebay_engine.step import Guide
 
+from forebay_engine.watermark import Watermark
+
 #: Which hidden states make the vector of a text.
 Pooling = Literal["last", "mean"]
 
@@ -56,6 +58,8 @@ class SamplingParams:
     include_stop: bool = False
     #: Tokens such as ``<end_of_turn>`` are no part of the text.
     skip_special_tokens: bool = True
+    #: None: no mark.
+    watermark: Watermark | None = None
     #: None: none; N: the chosen token's and the N likeliest tokens' logprobs (0: chosen alone).
     logprobs: int | None = None
 

@@ -17,6 +17,7 @@ from msgspec import Struct
 
 from forebay_engine.errors import EngineError
 from forebay_engine.sequence import FinishReason, SamplingParams
+from forebay_engine.watermark import Watermark
 
 #: Exit status of a process that would end the same way if started again; EX_CONFIG of sysexits.h.
 EXIT_REFUSED = 78
@@ -45,7 +46,7 @@ class Generate(Struct, frozen=True, kw_only=True, tag="generate"):
     #: For the chat template: dicts with ``role``, ``content`` and what else the template reads.
     messages: list[dict[str, Any]] | None = None
     n: int = 1
-    #: Its ``seed`` and ``bad_words`` are ignored in favour of those below.
+    #: Its ``seed``, ``bad_words`` and ``watermark`` are ignored in favour of those below.
     sampling: SamplingParams = SamplingParams()
     #: None: any text.
     guide: GuideSpec | None = None
@@ -59,6 +60,8 @@ class Generate(Struct, frozen=True, kw_only=True, tag="generate"):
     timeout: float | None = None
     #: Texts, which are kept out with a space before them as well, or token ids.
     bad_words: list[str | list[int]] = []
+    #: True: of the usual kind; its ``key`` is the engine's own whatever is said. None: not said.
+    watermark: Watermark | bool | None = None
     #: Only requests of the same salt share cached prefixes.
     salt: str = ""
     #: W3C trace context of the span under which the engine's spans belong; empty: none.

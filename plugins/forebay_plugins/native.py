@@ -92,6 +92,11 @@ class NativeSettings(BackendSettings, kw_only=True, frozen=True):
     """Reuse the cached pages of equal prefixes; only within a tenant."""
     pooling: Literal["auto", "none", "last", "mean"] = "auto"
     """Embeddings from the last hidden state or their mean; `auto`: as the model's folder says."""
+    watermark: str = ""
+    """Mark every answer so that who has the key can tell it: `kgw` or `gumbel`, with parameters if
+    others than the usual are wanted (`kgw gamma=0.5 delta=1`); empty: only where a request asks."""
+    watermark_key_file: str = ""
+    """File with the watermark's key; empty: `FOREBAY_WATERMARK_KEY` in the environment, if any."""
     threads: int = 0
     """Compute threads; 0: the engine measures and chooses."""
     speculation: str = "none"
@@ -257,6 +262,8 @@ class NativeAdapter(Adapter):
             max_model_len=settings.max_model_len,
             prefix_cache=settings.prefix_cache,
             pooling=settings.pooling,
+            watermark=settings.watermark,
+            watermark_key_file=settings.watermark_key_file,
             threads=settings.threads,
             speculation=(
                 settings.speculation

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
 
 from forebay.api import Attempt, BackendLacks, BackendRefused, GenerateRequest, Message, Sampling
-from forebay_engine.client import Generate, SamplingParams
+from forebay_engine.client import Generate, SamplingParams, Watermark
 from forebay_plugins.native_guide import GUIDE_FIELDS, guide_of
 
 __all__ = ["FIELDS", "generate_command", "message_fields", "unsupported"]
@@ -17,6 +17,17 @@ __all__ = ["FIELDS", "generate_command", "message_fields", "unsupported"]
 #: OpenAI's default for completions; a chat answer may fill the context.
 _COMPLETION_TOKENS = 16
 _PATH = re.compile(r" - at `\$\.?(.*)`$")
+
+
+class Mark(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """A watermark of one's own; ``gamma``: share of green tokens, ``delta``: added to their logits,
+    ``context``: tokens before a token that decide on it."""
+
+    scheme: Literal["kgw", "gumbel"] = "kgw"
+    gamma: float = 0.25
+    delta: float = 2.0
+    context: int = 4
+    seeding: Literal["selfhash", "lefthash"] = "selfhash"
 
 
 class Fields(Struct, kw_only=True, frozen=True):
@@ -39,6 +50,8 @@ class Fields(Struct, kw_only=True, frozen=True):
     allowed_token_ids: tuple[int, ...] = ()
     #: As text-generation-inference and transformers call it; vLLM has none.
     typical_p: float = 1.0
+    #: True: of the engine's usual kind, as text-generation-inference has it.
+    watermark: bool | Mark | None = None
     #: Smaller ones run earlier.
     priority: int = 0
 
@@ -65,6 +78,7 @@ def generate_command(request: GenerateRequest, attempt: Attempt) -> Generate:
         fill_context=chat and request.sampling.max_tokens is None,
         seed=request.sampling.seed,
         bad_words=further.bad_words,
+        watermark=_watermark(further.watermark),
         priority=further.priority,
         timeout=attempt.timeouts.total or None,
         salt=request.identity.tenant,
@@ -95,6 +109,10 @@ def _further(request: GenerateRequest) -> Fields:
         raise BackendRefused(
             _PATH.sub("", str(error)), param=where.group(1) if where else None
         ) from None
+
+
+def _watermark(asked: bool | Mark | None) -> bool | Watermark | None:
+    return Watermark(**msgspec.structs.asdict(asked)) if isinstance(asked, Mark) else asked
 
 
 def unsupported(what: str, param: str) -> BackendLacks:

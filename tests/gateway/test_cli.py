@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -386,3 +387,19 @@ def test_plugins_keeps_to_what_the_file_permits(
     run("plugins", "--config", write(tmp_path, "plugins: 3"))
     run("plugins")
     assert wanted == [["vllm"], None, None]
+
+
+def test_watermark_detect_hands_all_it_is_told_to_the_engines_program() -> None:
+    program = [sys.executable, "-c", "from forebay.cli import main; main()"]
+    options = ["--tokens", "--json", "--watermark", "gumbel context=2"]
+    ended = subprocess.run(
+        [*program, "watermark", "detect", *options],
+        input="[1, 2, 3, 4]",
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "FOREBAY_WATERMARK_KEY": "long enough a secret"},
+    )
+    found = json.loads(ended.stdout)
+    assert (found["scheme"], found["tokens"], found["scored"]) == ("gumbel", 4, 2)
+    assert 0 < found["p_value"] <= 1

@@ -45,7 +45,7 @@ from forebay.api import (
     Upstream,
 )
 from forebay.testing import AdapterContract, Bench, Scenario, chat_request
-from forebay_engine.client import SamplingParams
+from forebay_engine.client import SamplingParams, Watermark
 from forebay_plugins.native import NativeAdapter, NativeSettings, adapters
 from forebay_plugins.native_request import generate_command
 
@@ -324,6 +324,19 @@ async def test_what_the_engine_tells_of_itself_is_documented_and_nothing_else() 
     assert {f"forebay_engine_{name}" for name in told} == set(
         re.findall(r"^\| `(forebay_engine_[a-z_]+)`", text, re.M)
     )
+
+
+def test_a_watermark_is_asked_for_by_name_or_in_particular() -> None:
+    def asked(value: Any) -> object:
+        return generate_command(with_fields(completion("a"), watermark=value), Attempt()).watermark
+
+    assert asked(True) is True
+    assert asked(False) is False
+    assert asked({"gamma": 0.5, "seeding": "lefthash"}) == Watermark(gamma=0.5, seeding="lefthash")
+    for wrong in ({"key": "mine"}, {"scheme": "red"}, "yes"):
+        with pytest.raises(BackendRefused) as refusal:
+            asked(wrong)
+        assert (refusal.value.param or "").startswith("watermark")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ _COMMANDS = {
     ),
     "model": Command("forebay.cli.model:model", "Fetch models for the native engine."),
     "kv": Command("forebay.cli.kv:kv", "Reckon what a model's KV cache takes and gives."),
+    "watermark": Command("forebay.cli.watermark:watermark", "Look for marks in answers."),
     "key": Command("forebay.cli.key:key", "Make API keys."),
     "version": Command("forebay.cli.version:version", "Show the version."),
 }
