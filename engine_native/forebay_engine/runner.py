@@ -133,10 +133,13 @@ class Runner:
 
     def _settle_threads(self) -> None:
         """OpenMP keeps the count for each thread that computes, and a caller may change threads."""
-        if self._threads and torch.get_num_threads() != self._threads:
-            torch.set_num_threads(self._threads)
-        if self._threads:
-            cpu.set_threads(self._threads)
+        if not self._threads:
+            return
+        cpu.set_threads(self._threads)
+        # The compiled kernels have threads of their own; torch's would only stand in their way.
+        threads = 1 if cpu.enabled() else self._threads
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
     def _timed_step(self) -> float:
         """Seconds of a decode step of one token at position 0 of page 0, before any request."""

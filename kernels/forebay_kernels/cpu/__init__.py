@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from forebay_kernels.cpu.library import available, set_threads
+from forebay_kernels.cpu.library import available, enabled, set_threads
 from forebay_kernels.cpu.linear import PackedLinear, pack
 
-__all__ = ["PackedLinear", "available", "pack", "set_threads"]
+__all__ = ["PackedLinear", "available", "enabled", "pack", "set_threads"]

@@ -33,6 +33,23 @@ class DenseMatrix(Structure):
     ]
 
 
+class QuantizedMatrix(Structure):
+    """Packed bytes or nibbles of a linear layer, with scales and zeros of groups."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        ("panels", c_void_p),
+        ("scale", c_void_p),  # [panels, groups, 32] float32
+        ("zero", c_void_p),  # the same, or None: same_zero
+        ("bias", c_void_p),  # [out] float32, or None
+        ("codes", c_void_p),  # [16] uint8, or None
+        ("out", c_int64),
+        ("into", c_int64),
+        ("group", c_int64),
+        ("bits", c_int32),
+        ("same_zero", c_float),
+    ]
+
+
 class AttentionArgs(Structure):
     """One layer's attention of a step; strides in elements."""
 
@@ -106,6 +123,10 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         None,
         [POINTER(DenseMatrix), _INT, _POINTER, _LONG, _LONG, _POINTER, _LONG],
     ),
+    "quantized_linear": (
+        None,
+        [POINTER(QuantizedMatrix), _INT, _POINTER, _LONG, _LONG, _POINTER, _LONG],
+    ),
     "attention": (None, [POINTER(AttentionArgs), _INT]),
     "prepare_qkv": (None, [POINTER(QkvArgs), _INT]),
     "add_and_norm": (None, [POINTER(ResidualArgs), _INT]),
@@ -138,6 +159,11 @@ def library() -> Any:
         function.restype, function.argtypes = result, arguments
         setattr(found, name, function)
     return found
+
+
+def enabled() -> bool:
+    """Whether there are compiled kernels."""
+    return library() is not None
 
 
 def available(x: Tensor) -> bool:

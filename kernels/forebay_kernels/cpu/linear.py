@@ -3,48 +3,54 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from forebay_kernels.cpu.library import DenseMatrix, available, library
-from forebay_kernels.matrix import Dense, Matrix
+from forebay_kernels.cpu.library import (
+    DTYPES,
+    DenseMatrix,
+    QuantizedMatrix,
+    available,
+    library,
+)
+from forebay_kernels.matrix import Dense, GroupedInt8, Int4, Int8, Matrix, unpack_int4
+
+#: Columns of a panel, as in ``native/product.h``.
+PANEL = 32
+#: Positions of an input that are rounded together where the weights have no groups.
+_GROUPS = (128, 64, 32, 16, 8, 4)
 
 
 class PackedLinear:
-    """``x @ matrix.T + bias`` in the type of ``x``; holds a packed copy of the matrix."""
+    """``x @ matrix.T + bias`` in the type of ``x``, over a packed copy of the matrix."""
 
-    def __init__(self, matrix: Dense, bias: Tensor | None) -> None:
-        self._kernel = library().linear
-        weight = matrix.weight.contiguous()
-        self._out, self._into = weight.shape
-        self._dtype, self._element = weight.dtype, weight.element_size()
-        self._panels = packed(weight)
-        self._bias = None if bias is None else bias.float().contiguous()
-        self._matrix = DenseMatrix(
-            self._panels.data_ptr(),
-            None if self._bias is None else self._bias.data_ptr(),
-            self._out,
-            self._into,
-        )
-        self._address = ctypes.byref(self._matrix)
+    def __init__(
+        self, kernel: Any, matrix: ctypes.Structure, dtypes: tuple[torch.dtype, ...], *held: Tensor
+    ) -> None:
+        self._kernel, self._address = kernel, ctypes.byref(matrix)
+        self._matrix, self._held = matrix, held  # what the address points to
+        self._out, self._into = matrix.out, matrix.into
+        self._dtypes = dtypes
 
     @property
     def nbytes(self) -> int:
         """Bytes of weights that a call reads."""
-        return self._panels.numel()
+        return sum(tensor.nbytes for tensor in self._held)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[tokens, in] -> [tokens, out]``."""
-        if x.dtype != self._dtype or x.shape[-1] != self._into:
-            raise ValueError(f"{x.dtype} {list(x.shape)} for {self._dtype} [.., {self._into}]")
-        if x.stride(-1) != 1:
+        tokens, into = x.shape
+        if into != self._into or x.dtype not in self._dtypes:
+            takes = " or ".join(map(str, self._dtypes))
+            raise ValueError(f"{x.dtype} {list(x.shape)}, but it takes {takes} [.., {self._into}]")
+        if x.stride(1) != 1:
             x = x.contiguous()
-        tokens = x.shape[0]
-        out = torch.empty((tokens, self._out), dtype=self._dtype)
+        out = torch.empty((tokens, self._out), dtype=x.dtype)
         self._kernel(
             self._address,
-            self._element,
+            x.element_size(),
             x.data_ptr(),
             x.stride(0),
             tokens,
@@ -52,6 +58,77 @@ class PackedLinear:
             self._out,
         )
         return out
+
+
+def pack(matrix: Matrix, bias: Tensor | None = None) -> PackedLinear | None:
+    """The layer on the compiled kernels; None if they can't take it."""
+    bias = None if bias is None else bias.float().contiguous()
+    match matrix:
+        case Dense(weight) if available(weight):
+            return _dense(weight.contiguous(), bias)
+        case Int8(weight, scale) if _takes(weight, _own_group(weight)):
+            group = _own_group(weight)
+            scales = scale[:, None].expand(-1, weight.shape[1] // group)
+            return _quantized(_unsigned(weight), scales, None, bias, group)
+        case GroupedInt8(weight, scale, zero, group) if _takes(weight, group):
+            zeros = None if zero is None else zero + 128.0
+            return _quantized(_unsigned(weight), scale, zeros, bias, group)
+        case Int4(q, scale, zero, group, codebook) if group % 8 == 0 and _takes(q, group):
+            return _int4(q, scale, zero, bias, group, codebook)
+    return None
+
+
+def _dense(weight: Tensor, bias: Tensor | None) -> PackedLinear:
+    panels = packed(weight)
+    matrix = DenseMatrix(panels.data_ptr(), _address(bias), *weight.shape)
+    held = [panels] if bias is None else [panels, bias]
+    return PackedLinear(library().linear, matrix, (weight.dtype,), *held)
+
+
+def _int4(
+    q: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    group: int,
+    codebook: Tensor | None,
+) -> PackedLinear:
+    """Four columns in low halves, the next four in high ones; a codebook rounded to 8 bits."""
+    values = unpack_int4(q).view(len(q), -1, 2, 4)  # [out, in / 8, 2, 4]
+    halves = (values[:, :, 0] | (values[:, :, 1] << 4)).flatten(1)  # [out, in / 2]
+    if codebook is None:
+        return _quantized(halves, scale, zero, bias, group, bits=4)
+    step = codebook.abs().max() / 127.0
+    codes = ((codebook / step).round() + 128.0).to(torch.uint8)
+    return _quantized(halves, scale * step, None, bias, group, bits=4, codes=codes)
+
+
+def _quantized(
+    q: Tensor,  # [out, in] uint8, or [out, in / 2] of nibbles
+    scale: Tensor,  # [out, in / group]
+    zero: Tensor | None,  # the same; None: 128
+    bias: Tensor | None,
+    group: int,
+    *,
+    bits: int = 8,
+    codes: Tensor | None = None,
+) -> PackedLinear:
+    panels, scales = packed(q), _by_panels(scale)
+    zeros = None if zero is None else _by_panels(zero)
+    matrix = QuantizedMatrix(
+        panels.data_ptr(),
+        scales.data_ptr(),
+        _address(zeros),
+        _address(bias),
+        _address(codes),
+        len(q),
+        q.shape[1] * 8 // bits,
+        group,
+        bits,
+        128.0,
+    )
+    held = [x for x in (panels, scales, zeros, bias, codes) if x is not None]
+    return PackedLinear(library().quantized_linear, matrix, DTYPES, *held)
 
 
 def packed(weight: Tensor) -> Tensor:
@@ -65,8 +142,23 @@ def packed(weight: Tensor) -> Tensor:
     return panels
 
 
-def pack(matrix: Matrix, bias: Tensor | None = None) -> PackedLinear | None:
-    """The layer on the compiled kernels; None if they can't take it."""
-    if isinstance(matrix, Dense) and available(matrix.weight):
-        return PackedLinear(matrix, bias)
-    return None
+def _by_panels(values: Tensor) -> Tensor:
+    """``[out, groups]`` as ``[panels, groups, 32]`` float32, columns past the end 0."""
+    padded = torch.nn.functional.pad(values.float(), (0, 0, 0, -len(values) % PANEL))
+    return padded.view(-1, PANEL, values.shape[1]).transpose(1, 2).contiguous()
+
+
+def _takes(weight: Tensor, group: int) -> bool:
+    return group % 4 == 0 and group > 0 and weight.is_cpu and library() is not None
+
+
+def _own_group(weight: Tensor) -> int:
+    return next((group for group in _GROUPS if weight.shape[1] % group == 0), 0)
+
+
+def _unsigned(weight: Tensor) -> Tensor:
+    return weight.contiguous().view(torch.uint8) ^ 128
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

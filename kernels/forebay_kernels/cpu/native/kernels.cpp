@@ -1,6 +1,7 @@
 // What Python calls, by ctypes. One caller at a time; the pool shares the work.
 #include "attention.h"
 #include "linear.h"
+#include "quantized.h"
 #include "rows.h"
 
 #if defined(__linux__)
@@ -48,6 +49,17 @@ void forebay_linear(const DenseMatrix *matrix, int32_t element, const void *x, i
     else
         linear<Halves>(*matrix, static_cast<const bf16 *>(x), x_stride, rows,
                        static_cast<bf16 *>(out), out_stride);
+}
+
+void forebay_quantized_linear(const QuantizedMatrix *matrix, int32_t element, const void *x,
+                              int64_t x_stride, int64_t rows, void *out, int64_t out_stride) {
+    Turn turn(Pool::instance().turn());
+    if (element == FLOAT)
+        quantized_linear(*matrix, static_cast<const float *>(x), x_stride, rows,
+                         static_cast<float *>(out), out_stride);
+    else
+        quantized_linear(*matrix, static_cast<const bf16 *>(x), x_stride, rows,
+                         static_cast<bf16 *>(out), out_stride);
 }
 
 void forebay_attention(const AttentionArgs *args, int32_t element) {

@@ -70,14 +70,14 @@ struct DenseTile {
     }
 };
 
-// `body(panel)` for all panels, in parts of about 64 KB of weights, which take 6 us to read.
+// `body(panel, thread)` for all panels, in parts of about 64 KB of weights, which take 6 us to read.
 template <class Body>
 void by_panels(long panels, long panel_bytes, Body &&body) {
     long each = (64 << 10) / panel_bytes;
     if (each < 1) each = 1;
-    shared(ceil_div(panels, each), [&](long part, int) {
+    shared(ceil_div(panels, each), [&](long part, int thread) {
         long end = (part + 1) * each < panels ? (part + 1) * each : panels;
-        for (long panel = part * each; panel < end; panel++) body(panel);
+        for (long panel = part * each; panel < end; panel++) body(panel, thread);
     });
 }
 
@@ -86,7 +86,7 @@ void linear(const DenseMatrix &matrix, const typename Kind::Element *x, long x_s
             typename Kind::Element *out, long out_stride) {
     long steps = ceil_div(matrix.into, PER_STEP<Kind>);
     const float *wide = widened(x, x_stride, rows, matrix.into, steps * Kind::PARTS);
-    by_panels(ceil_div(matrix.out, PANEL), steps * STEP, [&](long panel) {
+    by_panels(ceil_div(matrix.out, PANEL), steps * STEP, [&](long panel, int) {
         by_tiles(rows, DenseTile<Kind>{matrix, wide, out, out_stride, panel, steps});
     });
 }
@@ -95,7 +95,7 @@ void linear(const DenseMatrix &matrix, const typename Kind::Element *x, long x_s
 inline void pack(const char *w, long stride, long out, long bytes, char *to) {
     std::vector<char> zeros(size_t(bytes), 0);
     long panel_bytes = ceil_div(bytes, 4) * STEP;
-    by_panels(ceil_div(out, PANEL), panel_bytes, [&](long panel) {
+    by_panels(ceil_div(out, PANEL), panel_bytes, [&](long panel, int) {
         const char *from[PANEL];
         for (long c = 0; c < PANEL; c++) {
             long row = panel * PANEL + c;
