@@ -25,6 +25,7 @@ from forebay_engine.models import Model, build_model, read_shape
 from forebay_engine.sampler import sample
 from forebay_engine.sequence import SamplingParams
 from forebay_engine.step import Row, Sampled, StepPlan, StepResult
+from forebay_engine.threads import ThreadPolicy, run_queue_wait
 from forebay_engine.weights import Weights
 from forebay_kernels import cpu
 
@@ -45,6 +46,7 @@ class Runner:
         self._device = torch.device("cpu")
         self._dtype = _dtype(config.dtype, shape)
         self._threads = config.threads
+        self._policy: ThreadPolicy | None = None
         self._speculates = config.speculation != "none"
         #: Until they are measured, all steps cost the same, and guesses nothing.
         self.step_costs = StepCosts((1,), (1.0,))
@@ -86,6 +88,15 @@ class Runner:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run the plan's tokens, write their keys and values, draw a token where one is asked."""
+        if self._policy is None:
+            return self._execute(plan)
+        rows, tokens = len(plan.rows), plan.num_tokens
+        self._threads = self._policy.begin(rows, tokens)
+        result = self._execute(plan)
+        self._policy.end(rows, tokens)
+        return result
+
+    def _execute(self, plan: StepPlan) -> StepResult:
         self._settle_threads()
         with torch.inference_mode():
             rows = [row for row in plan.rows if row.sample]
@@ -128,6 +139,7 @@ class Runner:
             self._timed_step()
             timed[threads] = min(self._timed_step() for _ in range(5))
         self._threads = min(timed, key=lambda threads: timed[threads])
+        self._policy = ThreadPolicy(choices, self._threads, run_queue_wait)
         found = ", ".join(f"{n}: {1000 * seconds:.1f} ms" for n, seconds in timed.items())
         log.info("compute threads: %d (one decode step by threads: %s)", self._threads, found)
 
