@@ -95,19 +95,22 @@ def measured(
     context = max(0, min(_CONTEXT, smallest * block_size - 2))
     pages = -(-(context + 2) // block_size)
 
-    def seconds(rows: int, guesses: int) -> float:
+    def plan(rows: int, guesses: int) -> StepPlan:
         tables = [
             (tuple(range(row * pages, (row + 1) * pages)),) * len(groups) for row in range(rows)
         ]
-        return _fastest(execute, StepPlan(tuple(_row(t, context, guesses) for t in tables)))
+        return StepPlan(tuple(_row(table, context, guesses) for table in tables))
 
     sizes = tuple(size for size in _SIZES if size * pages <= smallest) or (1,)
-    # No step is cheaper than a smaller one: what looks like it is the machine's noise.
-    costs = StepCosts(sizes, tuple(accumulate((seconds(size, 0) for size in sizes), max)))
     rows = sizes[-1] // 2
+    plans = [plan(size, 0) for size in sizes] + ([plan(rows, 1)] if rows else [])
+    seconds = _fastest(execute, plans)
+    # No step costs more than a larger one: what looks like it is the machine's noise, which adds.
+    rising = tuple(reversed(list(accumulate(reversed(seconds[: len(sizes)]), min))))
+    costs = StepCosts(sizes, rising)
     if not rows:
         return costs
-    return replace(costs, drafted_row=max(0.0, seconds(rows, 1) - costs.of(2 * rows, 0)) / rows)
+    return replace(costs, drafted_row=max(0.0, seconds[-1] - costs.of(2 * rows, 0)) / rows)
 
 
 def _row(tables: tuple[tuple[int, ...], ...], context: int, guesses: int) -> Row:
@@ -124,12 +127,15 @@ def _row(tables: tuple[tuple[int, ...], ...], context: int, guesses: int) -> Row
     )
 
 
-def _fastest(execute: Callable[[StepPlan], object], plan: StepPlan) -> float:
-    """Seconds of the fastest run but for the first, which may lay out kernels."""
-    execute(plan)
-    found = []
-    for _ in range(_RUNS):
-        begin = perf_counter()
-        execute(plan)
-        found.append(perf_counter() - begin)
-    return min(found)
+def _fastest(execute: Callable[[StepPlan], object], plans: Items[StepPlan]) -> list[float]:
+    """Seconds of each plan's fastest run but for the first, which may lay out kernels.
+
+    All in turn and then again, so that a bad moment hits none in all of its runs.
+    """
+    found = [list[float]() for _ in plans]
+    for _ in range(1 + _RUNS):
+        for plan, taken in zip(plans, found, strict=True):
+            begin = perf_counter()
+            execute(plan)
+            taken.append(perf_counter() - begin)
+    return [min(taken[1:]) for taken in found]

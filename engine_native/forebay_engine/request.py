@@ -53,6 +53,16 @@ class Request:
         """Each prompt counts once, by its first choice."""
         return sum(choice.sequence.num_cached for choice in self.choices[:: self.command.n])
 
+    @property
+    def drafted_tokens(self) -> int:
+        """Guesses that were verified."""
+        return sum(choice.sequence.num_drafted for choice in self.choices)
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Guesses that came true."""
+        return sum(choice.sequence.num_accepted for choice in self.choices)
+
 
 def durations(request: Request) -> tuple[float, float, float]:
     """Seconds in the queue, until the first token, and until the end, of an ended request."""

@@ -75,6 +75,8 @@ class Tracing:
             "gen_ai.usage.input_tokens": request.prompt_tokens,
             "gen_ai.usage.cache_read.input_tokens": request.cached_tokens,
             "gen_ai.usage.output_tokens": request.completion_tokens,
+            "forebay.engine.drafted_tokens": request.drafted_tokens,
+            "forebay.engine.accepted_tokens": request.accepted_tokens,
             "gen_ai.response.finish_reasons": [str(reason) for reason in reasons],
         }
 

@@ -98,6 +98,8 @@ async def test_a_recorded_request_leaves_four_spans_under_its_parent() -> None:
     counts = {item.key: item.value.int_value for item in root.attributes}
     assert counts["gen_ai.usage.input_tokens"] == 4
     assert counts["gen_ai.usage.output_tokens"] == 6
+    assert counts["forebay.engine.drafted_tokens"] == 0
+    assert counts["forebay.engine.accepted_tokens"] == 0
 
 
 @pytest.mark.parametrize(
