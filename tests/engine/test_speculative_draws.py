@@ -12,7 +12,7 @@ from forebay_engine.sampler import sample
 from forebay_engine.sequence import SamplingParams
 from forebay_engine.step import Row
 
-VOCAB, DRAWS = 6, 6000
+VOCAB, DRAWS = 6, 2000
 PROMPT = [0, 3]
 SAMPLING = SamplingParams(
     temperature=0.8,
