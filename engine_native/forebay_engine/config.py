@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    #: Folder with config.json, safetensors and tokenizer.
+    #: Folder with config.json, safetensors and tokenizer, or a GGUF file.
     model: str
     #: ``auto``: as stored; else ``float32`` or ``bfloat16``.
     dtype: str = "auto"

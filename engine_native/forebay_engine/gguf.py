@@ -1,14 +1,16 @@
-"""Turns a Gemma 3 GGUF file into a Hugging Face folder.
+"""GGUF files as models: as the folder that the engine reads, or turned into one of safetensors.
 
-Quantised weights are widened to bfloat16, so the folder holds the quantised model in a type that
-every engine reads, not the original checkpoint. Format: https://github.com/ggml-org/ggml/blob/
-master/docs/gguf.md; what is written: https://huggingface.co/docs/safetensors.
+What a file says of the model, its tokenizer and its chat template is written once into a small
+folder beside a link to it; the weights are read from the file itself.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import struct
+import tempfile
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -16,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGUFReader, ReaderTensor
-from gguf.quants import dequantize
 
-from forebay_engine.gguf_tokenizer import END_OF_TURN, write_tokenizer
+from forebay_engine.gguf_config import model_config
+from forebay_engine.gguf_file import MODEL_FILE, GgufFile, GgufTensor
+from forebay_engine.gguf_names import is_weight, less_one, tensor_name
+from forebay_engine.gguf_tokenizer import write_tokenizer
 from forebay_engine.hf_config import ModelError
 
 #: Told of (what is done now, how much is done, of how much).
@@ -27,109 +30,125 @@ Progress = Callable[[str, int, int], None]
 
 WEIGHTS = "model.safetensors"
 
-#: Values widened at once: 8 MiB of float32, so that memory stays small whatever the model.
-_CHUNK = 2 << 20
+#: Counted up when a file would be written down otherwise than before.
+_EDITION = 1
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
-# Gemma 3 files leave these out, because llama.cpp has them in its code.
-_LOCAL_ROPE_THETA = 10_000.0
-_FULL_ATTENTION_EVERY = 6
 
-_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
-_INNER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_output": "self_attn.o_proj",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
+def model_folder(path: Path) -> Path:
+    """The model folder for ``path``: itself, or one made of the GGUF file that it is or holds.
+
+    A tokenizer.json beside the file is taken in place of its own tokenizer. Made once, under
+    ``$XDG_CACHE_HOME/forebay/gguf``; a file that has changed makes another.
+
+    :raises ModelError: several GGUF files in a folder, or one of a kind that is not supported.
+    """
+    source = _find(path.expanduser())
+    if source is None:
+        return path
+    beside = [source.parent / name for name in _TOKENIZER_FILES]
+    parts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
+             for file in [source, *beside] if file.exists()]  # fmt: skip
+    key = sha256(repr((_EDITION, parts)).encode()).hexdigest()[:16]
+    cache = _cache()
+    folder = cache / f"{source.stem}-{key}"
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as partial:
+            _describe(source, Path(partial) / "new")
+            _settle(Path(partial) / "new", folder)
+    return folder
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "forebay/gguf"
+
+
+def _find(path: Path) -> Path | None:
+    if path.is_file():
+        return path
+    if (path / "config.json").is_file():
+        return None
+    found = sorted(path.glob("*.gguf"))
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found[:4])
+        raise ModelError(f"{path} holds several GGUF files ({names}); name one of them")
+    return found[0] if found else None
+
+
+def _settle(made: Path, folder: Path) -> None:
+    try:
+        made.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was first
+            raise
+
+
+def _describe(source: Path, folder: Path) -> None:
+    """Write config.json and the tokenizer's files, and link the weights."""
+    file = GgufFile(source)
+    folder.mkdir(parents=True)
+    _write_json(folder / "config.json", config_of(file))
+    if (source.parent / "tokenizer.json").is_file():
+        for name in _TOKENIZER_FILES:
+            if (source.parent / name).is_file():
+                shutil.copy(source.parent / name, folder / name)
+    else:
+        _write_tokenizer(file, folder)
+    (folder / MODEL_FILE).symlink_to(source.resolve())
+
+
+def _write_tokenizer(file: GgufFile, folder: Path) -> None:
+    try:
+        write_tokenizer(file.metadata, folder)
+    except KeyError as error:
+        raise ModelError(
+            f"{file.path}: the metadata lack {error}; put the model's tokenizer.json beside it"
+        ) from error
+
+
+def config_of(file: GgufFile) -> dict[str, Any]:
+    """config.json's keys.
+
+    :raises ModelError: with the file's name, what is not supported.
+    """
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    factors = {
+        name: tensor.values(slice(None)).flatten().tolist()
+        for name, tensor in file.tensors.items()
+        if not is_weight(name)
+    }
+    try:
+        return model_config(file.metadata, shapes, factors)
+    except ModelError as error:
+        raise ModelError(f"{file.path}: {error}") from error
 
 
 def convert(source: Path, folder: Path, progress: Progress) -> str:
-    """Write ``source`` as a Hugging Face folder; the SHA-256 of its weights file.
+    """Write a Gemma 3 file as a Hugging Face folder; the SHA-256 of its weights file.
+
+    Quantised weights are widened to bfloat16, so the folder holds the quantised model in a type
+    that every engine reads, not the original checkpoint. What is written:
+    https://huggingface.co/docs/safetensors.
 
     :raises ModelError: the file is of another architecture, or has a tensor without a place.
     """
-    reader = GGUFReader(source)
-    meta = {key: field.contents() for key, field in reader.fields.items()}
-    architecture = meta.get("general.architecture")
+    file = GgufFile(source)
+    architecture = file.metadata.get("general.architecture")
     if architecture != "gemma3":
         raise ModelError(f"{source}: a GGUF of {architecture!r}; only gemma3 can be converted")
     folder.mkdir(parents=True, exist_ok=True)
     progress("tokenizer", 0, 1)
-    write_tokenizer(meta, folder)
+    _write_tokenizer(file, folder)
     progress("tokenizer", 1, 1)
-    _write_json(folder / "config.json", model_config(meta))
-    _write_json(folder / "generation_config.json", _generation_config(meta))
-    return _write_weights(reader.tensors, folder / WEIGHTS, progress)
+    config = config_of(file)
+    _write_json(folder / "config.json", config)
+    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(folder / "generation_config.json", ids)
+    return _write_weights(list(file.tensors.values()), folder / WEIGHTS, progress)
 
 
-def model_config(meta: dict[str, Any]) -> dict[str, Any]:
-    """config.json from the file's metadata."""
-    own = {key.removeprefix("gemma3."): value for key, value in meta.items()}
-    layers, head_dim = own["block_count"], own["attention.key_length"]
-    return {
-        "architectures": ["Gemma3ForCausalLM"],
-        "model_type": "gemma3_text",
-        "transformers_version": "5.0.0",  # whose form of config.json this is
-        "dtype": "bfloat16",
-        "vocab_size": len(meta["tokenizer.ggml.tokens"]),
-        "hidden_size": own["embedding_length"],
-        "intermediate_size": own["feed_forward_length"],
-        "num_hidden_layers": layers,
-        "num_attention_heads": own["attention.head_count"],
-        "num_key_value_heads": own["attention.head_count_kv"],
-        "head_dim": head_dim,
-        "query_pre_attn_scalar": head_dim,
-        # Stored as float32: 9.99999997e-07 was 1e-06.
-        "rms_norm_eps": float(f"{own['attention.layer_norm_rms_epsilon']:.6g}"),
-        "max_position_embeddings": own["context_length"],
-        "sliding_window": own["attention.sliding_window"],
-        "layer_types": [
-            "sliding_attention" if i % _FULL_ATTENTION_EVERY else "full_attention"
-            for i in range(1, layers + 1)
-        ],
-        "rope_parameters": {
-            "full_attention": {"rope_type": "default", "rope_theta": own["rope.freq_base"]},
-            "sliding_attention": {"rope_type": "default", "rope_theta": _LOCAL_ROPE_THETA},
-        },
-        "hidden_activation": "gelu_pytorch_tanh",
-        "attention_bias": False,
-        "tie_word_embeddings": True,
-        "bos_token_id": meta["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": meta["tokenizer.ggml.eos_token_id"],
-        "pad_token_id": meta["tokenizer.ggml.padding_token_id"],
-    }
-
-
-def _generation_config(meta: dict[str, Any]) -> dict[str, Any]:
-    """With the end of a turn among the ends: the file itself names the end of a text alone."""
-    end_of_turn = meta["tokenizer.ggml.tokens"].index(END_OF_TURN)
-    return {
-        "bos_token_id": meta["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": [meta["tokenizer.ggml.eos_token_id"], end_of_turn],
-        "pad_token_id": meta["tokenizer.ggml.padding_token_id"],
-    }
-
-
-def tensor_name(name: str) -> str:
-    """Hugging Face's name of a GGUF tensor."""
-    parts = name.removesuffix(".weight").split(".")
-    if len(parts) == 3 and parts[0] == "blk" and parts[2] in _INNER:
-        return f"model.layers.{parts[1]}.{_INNER[parts[2]]}.weight"
-    if len(parts) == 1 and parts[0] in _OUTER:
-        return f"{_OUTER[parts[0]]}.weight"
-    raise ModelError(f"the GGUF tensor {name} has no place in Gemma 3")
-
-
-def _write_weights(tensors: list[ReaderTensor], path: Path, progress: Progress) -> str:
+def _write_weights(tensors: list[GgufTensor], path: Path, progress: Progress) -> str:
     header, size = _header(tensors)
     digest, done = sha256(), 0
     with path.open("wb") as file:
@@ -141,16 +160,15 @@ def _write_weights(tensors: list[ReaderTensor], path: Path, progress: Progress) 
     return digest.hexdigest()
 
 
-def _header(tensors: list[ReaderTensor]) -> tuple[bytes, int]:
+def _header(tensors: list[GgufTensor]) -> tuple[bytes, int]:
     """The safetensors header, with its length before it, and the size of what follows."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
-        start, end = end, end + 2 * int(tensor.n_elements)
-        shape = [int(n) for n in reversed(tensor.shape)]  # GGUF names the fastest axis first
-        entries[tensor_name(tensor.name)] = {
+        start, end = end, end + 2 * int(np.prod(tensor.shape, dtype=np.int64))
+        entries[tensor_name("gemma3", tensor.name)] = {
             "dtype": "BF16",
-            "shape": shape,
+            "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(entries).encode()
@@ -158,16 +176,12 @@ def _header(tensors: list[ReaderTensor]) -> tuple[bytes, int]:
     return struct.pack("<Q", len(text)) + text, end
 
 
-def _pieces(tensors: list[ReaderTensor]) -> Iterator[bytes]:
+def _pieces(tensors: list[GgufTensor]) -> Iterator[bytes]:
     """The tensors' values in bfloat16, a few rows at a time."""
     for tensor in tensors:
-        # GGUF holds Gemma's 1 + w of a norm, a checkpoint holds w.
-        shift = np.float32(1.0 if tensor_name(tensor.name).endswith("norm.weight") else 0.0)
-        rows = tensor.data.reshape(-1, tensor.data.shape[-1])
-        step = max(1, _CHUNK * len(rows) // int(tensor.n_elements))
-        for start in range(0, len(rows), step):
-            values = dequantize(rows[start : start + step], tensor.tensor_type)
-            yield to_bfloat16(values - shift).tobytes()
+        shift = np.float32(1.0 if less_one("gemma3", tensor.name) else 0.0)
+        for rows in tensor.chunks():
+            yield to_bfloat16(tensor.values(rows) - shift).tobytes()
 
 
 def to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:

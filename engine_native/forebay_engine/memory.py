@@ -54,12 +54,15 @@ def refuse_what_does_not_fit(config: EngineConfig, available: int | None = None)
 
 
 def weight_bytes(folder: Path, dtype: str, quantization: str = "none") -> int:
-    """Bytes of a folder's safetensors once they are loaded.
+    """Bytes of a folder's safetensors, or of its GGUF file, once they are loaded.
 
     With them the second copy of an embedding that is the output layer too: laid out for its kernel,
     or rounded, while tokens are looked up in the first.
     """
-    tensors = [item for path in folder.glob("*.safetensors") for item in _header(path)]
+    if (folder / "model.gguf").is_file():
+        tensors = _gguf_header(folder / "model.gguf")
+    else:
+        tensors = [item for path in folder.glob("*.safetensors") for item in _header(path)]
     if all(name != _HEAD for name, _ in tensors):
         tensors += [(_HEAD, tensor) for name, tensor in tensors if name.endswith(_EMBEDDINGS)]
     return sum(_bytes(name, tensor, dtype, quantization) for name, tensor in tensors)
@@ -93,6 +96,25 @@ def _header(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
         header: dict[str, dict[str, Any]] = json.loads(file.read(length))
     header.pop("__metadata__", None)
     return header.items()
+
+
+def _gguf_header(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """In safetensors' words; what is kept quantised as so many bytes, the rest dequantised."""
+    from forebay_engine.gguf_file import GgufFile
+    from forebay_engine.gguf_names import KEPT, is_weight, tensor_name
+
+    file = GgufFile(path)
+    found: list[tuple[str, dict[str, Any]]] = []
+    for tensor in file.tensors.values():
+        if not is_weight(tensor.name):
+            continue
+        name = tensor_name(file.metadata["general.architecture"], tensor.name)
+        if tensor.kind in KEPT and not name.endswith(_EMBEDDINGS):
+            size = int(math.prod(tensor.shape) * KEPT[tensor.kind])
+            found.append((name, {"dtype": "U8", "shape": [size]}))
+        else:
+            found.append((name, {"dtype": "BF16", "shape": tensor.shape}))
+    return found
 
 
 def _bytes(name: str, tensor: dict[str, Any], dtype: str, quantization: str) -> int:

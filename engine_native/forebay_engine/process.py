@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -110,10 +110,13 @@ async def _work(
 ) -> None:
     """Load, then step for ever."""
     begin = time.monotonic()
-    folder = Path(config.model)
-    log.info("loading %s", folder)
+    log.info("loading %s", config.model)
+    folder = await asyncio.to_thread(_model_folder, config)
+    config = replace(config, model=str(folder))
     if not (folder / "config.json").is_file():
-        raise StartRefused(f"{folder} is no model folder: there is no config.json in it")
+        raise StartRefused(
+            f"{folder} is no model folder: there is no config.json in it, nor a GGUF"
+        )
     tokenizer = await asyncio.to_thread(Tokenizer.from_folder, folder)
     template = ChatTemplate.from_folder(folder)
     runner = await asyncio.to_thread(make_runner, config, _Loading(server))
@@ -148,6 +151,16 @@ def _named(group: CacheGroup) -> str:
     if group.window is None:
         return str(group.num_blocks)
     return f"{group.num_blocks} (window {group.window})"
+
+
+def _model_folder(config: EngineConfig) -> Path:
+    """What the engine reads; a GGUF file's is made on its first start."""
+    path = Path(config.model).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    from forebay_engine.gguf import model_folder  # and numpy, gguf, tokenizers
+
+    return model_folder(path)
 
 
 def _status(work: asyncio.Task[None]) -> int:

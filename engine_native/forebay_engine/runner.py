@@ -18,6 +18,7 @@ from forebay_engine.cache_size import cache_groups
 from forebay_engine.config import EngineConfig
 from forebay_engine.costs import StepCosts, measured
 from forebay_engine.draft_model import DraftModel, read_draft_shape
+from forebay_engine.gguf import model_folder
 from forebay_engine.guided_masks import MaskThread
 from forebay_engine.hf_config import ModelError, ModelShape
 from forebay_engine.layers import LayerCache
@@ -41,7 +42,7 @@ class Runner:
         self, config: EngineConfig, progress: Callable[[float], None] = lambda share: None
     ) -> None:
         """``progress`` is told the share of the weights that has been read, 0 to 1."""
-        folder = Path(config.model).expanduser()
+        folder = model_folder(Path(config.model).expanduser())
         shape = read_shape(folder, config.model_impl)
         self._device = torch.device("cpu")
         self._dtype = _dtype(config.dtype, shape)

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors, mapped into memory and handed out by name.
+"""A checkpoint's tensors, mapped into memory and handed out by name: safetensors or a GGUF file.
 
 Every tensor is taken once, with the shape its place needs; what is missing, misshapen or left over
 is an error, so a checkpoint of another kind cannot be served by accident. Nothing is unpickled.
@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from forebay_engine.gguf_file import MODEL_FILE, GgufFile
+from forebay_engine.gguf_weights import GgufWeights
 from forebay_engine.hf_config import ModelError
 from forebay_engine.quantization import read_format
 from forebay_engine.quantization.on_load import ON_LOAD
@@ -61,6 +63,17 @@ class Weights:
         self._bytes = self._taken = 0
 
     def __enter__(self) -> Weights:
+        gguf = self.folder / MODEL_FILE
+        if gguf.is_file():
+            self._bytes = gguf.stat().st_size
+            stored = GgufWeights(GgufFile(gguf), self.dtype)
+            self._read, self._format = stored.readers(), stored
+        else:
+            self._open_safetensors()
+        self._left = set(self._read)
+        return self
+
+    def _open_safetensors(self) -> None:
         for path in _files(self.folder):
             self._bytes += path.stat().st_size if path.is_file() else 0
             try:
@@ -72,8 +85,6 @@ class Weights:
         if _EMBEDDING in self._read:  # a decoder that was stored without its output layer
             self._read = {f"model.{name}": read for name, read in self._read.items()}
         self._format = read_format(self.folder)
-        self._left = set(self._read)
-        return self
 
     def __exit__(
         self,
@@ -86,15 +97,19 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._read
 
-    def raw(self, name: str, *shape: int) -> Tensor:
-        """The tensor of this name as stored, checked to have this shape if one is given."""
+    def claim(self, name: str) -> None:
+        """Count the tensor as taken; ModelError if there is none left of this name."""
         if name not in self._left:
             what = "is taken twice" if name in self._read else "is missing"
             raise ModelError(f"{self.folder}: the tensor {name} {what}")
         self._left.discard(name)
+
+    def raw(self, name: str, *shape: int) -> Tensor:
+        """The tensor of this name as stored, checked to have this shape if one is given."""
+        self.claim(name)
         tensor = self._read[name]()
         self._taken += tensor.nbytes
-        self._progress(self._taken / self._bytes)
+        self._progress(min(self._taken / self._bytes, 1.0))  # a GGUF's grow when dequantised
         if shape and tuple(tensor.shape) != shape:
             raise ModelError(
                 f"{self.folder}: {name} has the shape {list(tensor.shape)}, "
@@ -113,6 +128,8 @@ class Weights:
         ``transposed``: plain values are stored as ``[into, out]``.
         """
         found = self._format.matrix(self, name, out, into) if self._format is not None else None
+        if isinstance(found, Dense):
+            return self.settled(found.weight, is_head=name == _HEAD)
         if found is not None:
             return found
         stored = f"{name}.weight"

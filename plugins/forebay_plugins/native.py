@@ -71,7 +71,7 @@ class NativeSettings(BackendSettings, kw_only=True, frozen=True):
     """A model on the native engine."""
 
     path: str
-    """Model folder, or the name of a model that `forebay model pull` fetched."""
+    """Model folder, GGUF file, or the name of a model that `forebay model pull` fetched."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and KV cache; `auto`: as stored."""
     quantization: Literal["none", "int8", "int4"] = "none"
@@ -274,16 +274,20 @@ class NativeAdapter(Adapter):
         )
 
     def _folder(self, setting: str, name: str) -> str:
-        """Of a model that is given by its folder, or by its name."""
+        """Of a model that is given by its folder, its GGUF file or its name."""
         path = Path(name).expanduser()
         pulled = self._context.data_dir.expanduser() / "models" / name
-        for folder in (path, pulled):
-            if (folder / "config.json").is_file():
-                return str(folder.absolute())
+        for found in (path, pulled):
+            if (found / "config.json").is_file() or _gguf(found):
+                return str(found.absolute())
         raise ConfigError(
             f"backends.{self._context.name}.{setting}: no model at {path} nor at {pulled}; "
             f"fetch it with `forebay model pull {path.name}`"
         )
+
+
+def _gguf(path: Path) -> bool:
+    return path.is_file() if path.suffix == ".gguf" else any(path.glob("*.gguf"))
 
 
 def _endpoints(status: Status) -> frozenset[Endpoint]:

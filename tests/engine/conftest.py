@@ -314,6 +314,8 @@ def write_gguf() -> Callable[[Path, Tensors], Path]:
         writer.add_rope_freq_base(1_000_000.0)
         writer.add_sliding_window(16)
         tokens = GGUF_WHOLE + GGUF_BYTES + GGUF_PIECES
+        writer.add_tokenizer_model("llama")
+        writer.add_add_space_prefix(False)
         writer.add_token_list(tokens)
         writer.add_token_scores([GGUF_SCORES.get(token, -1000.0) for token in tokens])
         kinds = {**dict.fromkeys(GGUF_WHOLE, 3), "\n\n": 4, **dict.fromkeys(GGUF_BYTES, 6)}

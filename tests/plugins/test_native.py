@@ -543,6 +543,20 @@ def test_paths_are_folders_or_names_of_pulled_models(tmp_path: Path) -> None:
     )._config().model == str(tmp_path)
 
 
+def test_a_path_may_be_a_gguf_file_or_hold_one(tmp_path: Path) -> None:
+    def found(path: Path) -> Path:
+        settings = NativeSettings(adapter="native", path=str(path))
+        return Path(NativeAdapter(settings, context(tmp_path, {}))._config().model)
+
+    file = tmp_path / "tiny.gguf"
+    for path in (file, tmp_path):
+        with pytest.raises(ConfigError, match="no model at"):
+            found(path)
+    file.write_bytes(b"GGUF")
+    assert found(file) == file
+    assert found(tmp_path) == tmp_path
+
+
 async def test_what_was_not_started_has_no_engine() -> None:
     adapter = NativeAdapter(NativeSettings(adapter="native", path="x"), context(FAKES, {}))
     with pytest.raises(ConnectFailed):

@@ -21,6 +21,10 @@ class Tensors(Protocol):
         """The tensor as stored; ModelError if it is missing or, given a shape, of another."""
         ...
 
+    def claim(self, name: str) -> None:
+        """Take the tensor without reading it; ModelError if there is none left of this name."""
+        ...
+
     def dtype_of(self, name: str) -> torch.dtype:
         """The tensor's type as stored."""
         ...
@@ -39,6 +43,8 @@ class Format(Protocol):
 
     def matrix(self, tensors: Tensors, name: str, out: int, into: int) -> Matrix | None:
         """The layer's weight ``[out, into]``; None if this layer is stored plainly.
+
+        ``Dense``: the format has its own way to store plain values.
 
         :raises ModelError: in a way that is not supported, or its tensors do not fit together.
         """
