@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from forebay_kernels import cpu
 from forebay_kernels.cpu import PackedLinear, compiler, pack
+from forebay_kernels.cpu.library import library
 from forebay_kernels.matrix import Dense, Fp8, GroupedInt8, Int4, Int8, Matrix
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3}
@@ -162,24 +161,21 @@ def test_without_a_compiler_the_reason_is_told(
     assert not list(tmp_path.glob("*.so"))
 
 
-ASK = """
-import torch
-from forebay_kernels import cpu
-print(cpu.available(torch.zeros(1)))
-"""
-
-
-def test_the_choice_is_the_environments(tmp_path: Path) -> None:
-    def asked(**environment: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", ASK]
-        settings = {"PYTHONPATH": ":".join(sys.path), "XDG_CACHE_HOME": str(tmp_path)}
-        return subprocess.run(
-            command, env={**settings, **environment}, capture_output=True, text=True
-        )
-
-    assert asked(FOREBAY_CPU_KERNELS="torch", PATH="/usr/bin").stdout == "False\n"
-    without = asked(PATH="")
-    assert without.stdout == "False\n"
-    assert "no C++ compiler" in without.stderr
-    assert "compiled, but there is no C++" in asked(PATH="", FOREBAY_CPU_KERNELS="compiled").stderr
-    assert "one of auto, torch, compiled" in asked(FOREBAY_CPU_KERNELS="fast").stderr
+def test_the_choice_is_the_environments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    load = library.__wrapped__  # without what was found before
+    monkeypatch.setenv("FOREBAY_CPU_KERNELS", "torch")
+    assert load() is None
+    assert not caplog.messages
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("FOREBAY_CPU_KERNELS", "auto")
+    assert load() is None
+    assert "no C++ compiler" in caplog.text
+    monkeypatch.setenv("FOREBAY_CPU_KERNELS", "compiled")
+    with pytest.raises(compiler.CannotCompile, match=r"compiled, but there is no C\+\+"):
+        load()
+    monkeypatch.setenv("FOREBAY_CPU_KERNELS", "fast")
+    with pytest.raises(compiler.CannotCompile, match="one of auto, torch, compiled"):
+        load()
