@@ -315,3 +315,11 @@ def test_what_a_window_and_its_step_need_is_there_or_refused() -> None:
         Scheduler(cache, max_step_tokens=16, max_sequences=8, max_model_len=110)
     # Six tokens fit its three pages as they are.
     Scheduler(cache, max_step_tokens=16, max_sequences=8, max_model_len=6)
+
+
+def test_nobody_is_let_in_on_pages_that_a_running_prompt_will_need() -> None:
+    scheduler = make_scheduler(blocks=20, budget=4)
+    scheduler.add(make_sequence(0, [0] * 30, max_tokens=1))
+    scheduler.add(make_sequence(1, [1] * 20, max_tokens=1))
+    finish(scheduler)
+    assert scheduler.counters.preempted == 0
