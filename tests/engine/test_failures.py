@@ -35,6 +35,7 @@ class Fragile:
     max_model_len = 256
     eos_token_ids = frozenset({1})
     cache_groups = (CacheGroup(64),)
+    generates = True
     step_costs = StepCosts((1,), (1.0,))
     generates = True
 
