@@ -37,6 +37,7 @@ sys.path.pop(0)
 
 Array = np.ndarray[Any, np.dtype[Any]]
 ENCODINGS = written.encodings(16)
+RECORDINGS = Path(__file__).parents[1] / "recordings"
 GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -156,6 +157,20 @@ def layer(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> W
     (folder / "config.json").write_text(json.dumps({"quantization_config": config}))
     save_file({f"p.{name}": t for name, t in tensors.items()}, folder / "model.safetensors")
     return Weights(folder, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_what_bitsandbytes_wrote_has_the_values_it_reads(kind: str, tmp_path: Path) -> None:
+    """Recorded from bitsandbytes 0.50.2: nf4 with double quantisation, fp4 without."""
+    recorded = load_file(RECORDINGS / "bitsandbytes-0.50.2.safetensors")
+    values = recorded.pop(f"{kind}.values")
+    own = {
+        name.removeprefix(f"{kind}."): t for name, t in recorded.items() if name.startswith(kind)
+    }
+    with layer(tmp_path, {"quant_method": "bitsandbytes"}, own) as weights:
+        matrix = weights.matrix("p", *values.shape)
+        weights.finish()
+    assert torch.equal(matrix.dequantize(), values)
 
 
 LAYOUTS = {
