@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLParserLimits
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 
@@ -333,13 +334,21 @@ def test_expressions_that_defeat_backtracking_are_nothing_special(expression: st
         assert not way.take(a)
 
 
-def test_a_step_that_is_too_hard_is_noticed() -> None:
-    way = guide("regex", r"(\w+\s?){1,9000}x{2000}")
-    for token in BYTES.encode("ab cd " * 200, special=False):
-        allowed(way)
-        assert way.failure is None or way.failure
-        if way.take(token):
+def test_a_step_that_is_too_hard_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = LLParserLimits(step_max_items=60, verbose_errors=False)
+    monkeypatch.setattr("forebay_engine.guided._LIMITS", limits)
+    hard = GuideSpec("grammar", 'start: start start | "a" start | /[a-z]/')
+    way = asyncio.run(Grammars(BYTES, VOCAB, [EOS]).get(hard)).start(SamplingParams())
+    a = BYTES.encode("a", special=False)[0]
+    for _ in range(30):
+        found = allowed(way)
+        if not found:
             break
+        assert way.failure is None
+        assert not way.take(a)
+    assert not found
+    assert way.failure is not None
+    assert "Too many items" in way.failure
 
 
 async def test_equal_grammars_are_compiled_once() -> None:

@@ -400,7 +400,12 @@ async def test_a_refusal_names_the_field_that_the_client_sent() -> None:
 
 async def test_an_answer_keeps_to_the_schema_and_not_to_the_model() -> None:
     async with native() as adapter:
-        schema = {"type": "object", "properties": {"a": {"const": "é"}}, "required": ["a"]}
+        schema = {
+            "type": "object",
+            "properties": {"a": {"const": "é"}},
+            "required": ["a"],
+            "additionalProperties": False,
+        }
         format_ = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
         request = with_fields(completion("no JSON", max_tokens=100), response_format=format_)
         events = await collect(adapter, msgspec.structs.replace(request, extra=()))
