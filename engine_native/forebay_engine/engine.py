@@ -28,7 +28,7 @@ from forebay_engine.metrics import Metrics
 from forebay_engine.pooling import Pooler, settle_pooling
 from forebay_engine.prompts import PromptEncoder
 from forebay_engine.proposers import settle_speculation
-from forebay_engine.request import Choice, Request, done, refuse_priority, seed_of
+from forebay_engine.request import Choice, Request, done, output, refuse_priority, seed_of
 from forebay_engine.scheduler import Scheduler
 from forebay_engine.sequence import FinishReason, SamplingParams, Sequence
 from forebay_engine.step import NO_TOKEN, Sampled, StepPlan, StepResult
@@ -44,7 +44,6 @@ from forebay_engine.wire import (
     Failed,
     Generate,
     Logprob,
-    Output,
     Tokenize,
     Tokenized,
 )
@@ -205,6 +204,10 @@ class Engine:
                 self._fail(choice.request, "failed", message)
             else:
                 self._pooler.fail(id, message)
+        for token in outcome.result.prompt:
+            choice = self._choices.get(token.seq_id)
+            if choice is not None and choice.prompt is not None:
+                choice.prompt[token.position] = token
         for sequence, drawn in progress:
             choice = self._choices.get(sequence.id)
             if choice is not None:
@@ -288,6 +291,8 @@ class Engine:
         deadline = None if command.timeout is None else request.submitted + command.timeout
         for index in range(first, first + command.n):
             own = replace(sampling, seed=seed_of(command.seed, index))
+            if index > first:  # the prompt is the same
+                own = replace(own, prompt_logprobs=None)
             sequence = Sequence(
                 next(self._ids), prompt, own, command.priority, request.submitted, deadline
             )
@@ -296,6 +301,7 @@ class Engine:
             decode = tokenizer.decode if own.skip_special_tokens else tokenizer.spell
             text, stops = Detokenizer(decode, prompt), StopStrings(own.stop, own.include_stop)
             choice = Choice(request, index, sequence, text, stops)
+            choice.prompt = {} if own.prompt_logprobs is not None else None
             request.choices.append(choice)
             self._choices[sequence.id] = choice
         sequences = [choice.sequence for choice in request.choices[first:]]
@@ -330,7 +336,7 @@ class Engine:
         if sequence.finish_reason is not None:
             text += choice.stops.flush()
         if text or sequence.finish_reason is not None:
-            self._send(choice, text)
+            choice.request.emit(output(choice, text, self._tokenizer))
         if sequence.finish_reason is not None:
             self._close(choice)
 
@@ -354,19 +360,6 @@ class Engine:
         name = self._tokenizer.token_text
         top = [(name(token_id), value) for token_id, value in sampled.top]
         return Logprob(name(sampled.token_id), logprob, top)
-
-    def _send(self, choice: Choice, text: str) -> None:
-        choice.request.emit(
-            Output(
-                id=choice.request.command.id,
-                index=choice.index,
-                text=text,
-                token_ids=choice.token_ids,
-                logprobs=choice.logprobs,
-                finish_reason=choice.sequence.finish_reason,
-            )
-        )
-        choice.token_ids, choice.logprobs = [], []
 
     def _close(self, choice: Choice) -> None:
         request = choice.request

@@ -39,6 +39,9 @@ def execute(run: Callable[[StepPlan], StepResult], plan: StepPlan) -> Outcome:
     first, second = (execute(run, StepPlan(rows)) for rows in (plan.rows[:half], plan.rows[half:]))
     one, other = first.result, second.result
     result = StepResult(
-        one.sampled + other.sampled, one.pooled + other.pooled, one.guessed + other.guessed
+        one.sampled + other.sampled,
+        one.pooled + other.pooled,
+        one.guessed + other.guessed,
+        one.prompt + other.prompt,
     )
     return Outcome(result, first.failed | second.failed)

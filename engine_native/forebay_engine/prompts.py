@@ -149,6 +149,7 @@ def check(sampling: SamplingParams) -> None:
         ("presence_penalty", sampling.presence_penalty, -2.0, 2.0),
         ("repetition_penalty", sampling.repetition_penalty, 0.0, math.inf),
         ("logprobs", sampling.logprobs or 0, 0, MAX_LOGPROBS),
+        ("prompt_logprobs", sampling.prompt_logprobs or 0, 0, MAX_LOGPROBS),
         ("min_tokens", sampling.min_tokens, 0, math.inf),
     ]
     for name, value, low, high in limits:

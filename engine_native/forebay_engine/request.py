@@ -11,7 +11,9 @@ from forebay_engine.detokenizer import Detokenizer, StopStrings
 from forebay_engine.errors import RequestRefused
 from forebay_engine.scheduler import MAX_PRIORITY
 from forebay_engine.sequence import Sequence
-from forebay_engine.wire import Done, Event, Generate, Logprob
+from forebay_engine.step import PromptToken
+from forebay_engine.tokenizer import Tokenizer
+from forebay_engine.wire import Done, Event, Generate, Logprob, Output, Scored
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +28,8 @@ class Choice:
     #: Tokens whose text is still held back.
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
+    #: What was likely in the prompt, by position; None: not asked, or sent with the first piece.
+    prompt: dict[int, PromptToken] | None = None
     #: When the last token came.
     last_token: float | None = None
 
@@ -62,6 +66,28 @@ class Request:
     def accepted_tokens(self) -> int:
         """Guesses that came true."""
         return sum(choice.sequence.num_accepted for choice in self.choices)
+
+
+def output(choice: Choice, text: str, tokenizer: Tokenizer) -> Output:
+    """The next piece of a choice, which takes what was held back for it."""
+    name = tokenizer.token_text
+    prompt = sorted((choice.prompt or {}).items())
+    found = Output(
+        id=choice.request.command.id,
+        index=choice.index,
+        text=text,
+        token_ids=choice.token_ids,
+        logprobs=choice.logprobs,
+        prompt_logprobs=[_scored(token, name) for _, token in prompt],
+        finish_reason=choice.sequence.finish_reason,
+    )
+    choice.token_ids, choice.logprobs, choice.prompt = [], [], None
+    return found
+
+
+def _scored(token: PromptToken, name: Callable[[int], str]) -> list[Scored]:
+    best = [Scored(id, name(id), value, rank) for rank, (id, value) in enumerate(token.top, 1)]
+    return [Scored(token.token_id, name(token.token_id), token.logprob, token.rank), *best]
 
 
 def durations(request: Request) -> tuple[float, float, float]:

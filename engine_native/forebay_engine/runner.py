@@ -24,6 +24,7 @@ from forebay_engine.hf_config import ModelError, ModelShape
 from forebay_engine.layers import LayerCache
 from forebay_engine.models import Model, build_model, read_shape
 from forebay_engine.sampler import sample
+from forebay_engine.scoring import score_prompts
 from forebay_engine.sequence import SamplingParams
 from forebay_engine.step import Row, Sampled, StepPlan, StepResult
 from forebay_engine.threads import ThreadPolicy, run_queue_wait
@@ -112,7 +113,8 @@ class Runner:
                 logits = self._model.logits(hidden[batch.sample_at])  # [places, vocab]
                 sampled = sample(logits, rows, self.eos_token_ids, masks.result())
             guessed = self._draft.guess(plan.rows, sampled) if self._draft else ()
-            return StepResult(sampled, pooled, guessed)
+            prompt = score_prompts(hidden, plan.rows, self._model.logits)
+            return StepResult(sampled, pooled, guessed, prompt)
 
     def warm_up(self) -> None:
         """Run steps until the kernels are laid out, settle the threads, measure what steps cost."""

@@ -276,7 +276,7 @@ class Scheduler:
                 return
             sequence = entry.sequence
             # The last token's logits are what the step is for; a mean needs all hidden states.
-            reusable = [] if sequence.pooling == "mean" else sequence.token_ids[:-1]
+            reusable = [] if sequence.needs_whole_prompt else sequence.token_ids[:-1]
             hit = self.cache.match(entry.pages, reusable)
             if self._computed_soon(entry, len(hit[0])):
                 continue
@@ -307,7 +307,7 @@ class Scheduler:
         """
         end = (page + 1) * self.cache.block_size
         tokens = entry.sequence.token_ids
-        if end >= len(tokens) or entry.sequence.pooling == "mean":
+        if end >= len(tokens) or entry.sequence.needs_whole_prompt:
             return False
         content = self.cache.content(entry.pages, tokens, page)
         return any(

@@ -62,6 +62,8 @@ class SamplingParams:
     watermark: Watermark | None = None
     #: None: none; N: the chosen token's and the N likeliest tokens' logprobs (0: chosen alone).
     logprobs: int | None = None
+    #: The same of the prompt's tokens; each is then computed, whatever is in the prefix cache.
+    prompt_logprobs: int | None = None
 
     def ends(self, eos_token_ids: frozenset[int]) -> set[int]:
         """Tokens that end an answer, once it has ``min_tokens``."""
@@ -97,6 +99,11 @@ class Sequence:
     ended_by_token: bool = False
     #: Hidden states are wanted, and no answer. None: an answer.
     pooling: Pooling | None = None
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Something is wanted of every token of the prompt, so cached ones are of no use."""
+        return self.pooling == "mean" or self.sampling.prompt_logprobs is not None
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)

@@ -135,12 +135,28 @@ class Guessed:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptToken:
+    """What the model thought of a token of the prompt, where it stands."""
+
+    seq_id: int
+    position: int
+    token_id: int
+    logprob: float
+    #: 1: the likeliest.
+    rank: int
+    #: The likeliest tokens with their log-probabilities, best first.
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """For each row with ``sample``, in the plan's order: the guesses that came true, one more."""
 
     sampled: tuple[Sampled, ...]
     pooled: tuple[Pooled, ...] = ()
     guessed: tuple[Guessed, ...] = ()
+    #: Of rows with ``prompt_logprobs``, the tokens that follow those which this step ran.
+    prompt: tuple[PromptToken, ...] = ()
 
     def of(self, rows: Items[Row]) -> dict[int, list[Sampled]]:
         """What was drawn for each of the rows that wanted a sample, by ``seq_id``.

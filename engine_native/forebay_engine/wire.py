@@ -118,6 +118,15 @@ class Logprob(Struct, frozen=True, array_like=True):
     top: list[tuple[str, float]]
 
 
+class Scored(Struct, frozen=True, array_like=True):
+    """A token at a place of the prompt; ``rank`` 1: the likeliest there."""
+
+    token_id: int
+    token: str
+    logprob: float
+    rank: int
+
+
 class Output(Struct, frozen=True, tag="output", omit_defaults=True):
     """The next piece of choice ``index``; the last one has the ``finish_reason``."""
 
@@ -126,6 +135,9 @@ class Output(Struct, frozen=True, tag="output", omit_defaults=True):
     text: str = ""
     token_ids: list[int] = []
     logprobs: list[Logprob] = []
+    #: With the first piece, if asked for: of each token of the prompt but the first, that token,
+    #: and the likeliest ones, best first.
+    prompt_logprobs: list[list[Scored]] = []
     finish_reason: FinishReason | None = None
 
 

@@ -33,6 +33,7 @@ from forebay.api import (
     GenerateRequest,
     Load,
     Operation,
+    PromptLogprob,
     Result,
     Started,
     StreamTruncated,
@@ -324,6 +325,10 @@ def _delta(output: Output) -> Delta:
         token_ids=tuple(output.token_ids),
         logprobs=tuple(
             TokenLogprob(item.token, item.logprob, tuple(item.top)) for item in output.logprobs
+        ),
+        prompt_logprobs=tuple(
+            tuple(PromptLogprob(t.token_id, t.token, t.logprob, t.rank) for t in place)
+            for place in output.prompt_logprobs
         ),
     )
 

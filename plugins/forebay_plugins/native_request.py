@@ -54,6 +54,8 @@ class Fields(Struct, kw_only=True, frozen=True):
     watermark: bool | Mark | None = None
     #: Smaller ones run earlier.
     priority: int = 0
+    #: So many of the likeliest tokens at each place of the prompt, beside its own.
+    prompt_logprobs: int | None = None
 
 
 #: Their names: what ``GenerateRequest.extra`` may have.
@@ -68,6 +70,8 @@ def generate_command(request: GenerateRequest, attempt: Attempt) -> Generate:
     guide = guide_of(request)
     _refuse_lacking(request, guided=guide is not None)
     further = _further(request)
+    if request.stream and further.prompt_logprobs is not None:
+        raise unsupported("prompt_logprobs in a stream; ask without stream", "prompt_logprobs")
     chat = request.endpoint == "chat"
     return Generate(
         messages=[message_fields(message) for message in request.messages] if chat else None,
@@ -155,6 +159,7 @@ def _sampling(sampling: Sampling, further: Fields) -> SamplingParams:
         logit_bias=further.logit_bias,
         allowed_token_ids=further.allowed_token_ids,
         typical_p=further.typical_p,
+        prompt_logprobs=further.prompt_logprobs,
         min_tokens=sampling.min_tokens,
         ignore_eos=sampling.ignore_eos,
     )

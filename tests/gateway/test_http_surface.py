@@ -18,6 +18,7 @@ from forebay.api import (
     Event,
     Finished,
     GenerateRequest,
+    PromptLogprob,
     Relayed,
     Started,
     TokenLogprob,
@@ -164,6 +165,29 @@ async def test_token_ids_come_to_those_who_ask(serve_gateway) -> None:
             stream = events((await client.post(path, json={**body, "stream": True})).text)
             ids = [e["choices"][0].get("token_ids", []) for e in stream]
             assert [one for some in ids for one in some] == [5, 6, 7]
+
+
+async def test_what_was_likely_in_the_prompt_is_a_member_of_its_choice(serve_gateway) -> None:
+    places = ((PromptLogprob(7, "b", -1.5, 2), PromptLogprob(9, "c", -0.5, 1)),)
+
+    async def script(request: GenerateRequest, attempt: Attempt) -> AsyncIterator[Event]:
+        yield Started()
+        yield Delta(text="x", prompt_logprobs=places)
+        yield Delta(text="y", finish_reason="stop")
+        yield Finished(Usage(2, 2))
+
+    gateway = await serve_gateway(config())
+    gateway.scripted["a"].script = script
+    async with gateway.client() as client:
+        body = {**CHAT, "prompt_logprobs": 1}
+        whole = (await client.post("/v1/chat/completions", json=body)).json()
+    assert whole["choices"][0]["prompt_logprobs"] == [
+        None,
+        {
+            "7": {"logprob": -1.5, "rank": 2, "decoded_token": "b"},
+            "9": {"logprob": -0.5, "rank": 1, "decoded_token": "c"},
+        },
+    ]
 
 
 async def test_relayed_bytes_pass_untouched(serve_gateway) -> None:

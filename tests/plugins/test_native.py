@@ -278,6 +278,14 @@ async def test_the_engines_own_fields_are_understood() -> None:
         )
 
 
+def test_prompt_logprobs_are_for_whole_answers() -> None:
+    request = with_fields(completion("a"), prompt_logprobs=3)
+    assert generate_command(request, Attempt()).sampling.prompt_logprobs == 3
+    with pytest.raises(BackendLacks, match="without stream") as refusal:
+        generate_command(msgspec.structs.replace(request, stream=True), Attempt())
+    assert refusal.value.param == "prompt_logprobs"
+
+
 def test_each_further_field_has_its_place_in_the_command() -> None:
     request = with_fields(
         completion("a"),

@@ -20,6 +20,7 @@ __all__ = [
     "Identity",
     "ImageUrl",
     "Message",
+    "PromptLogprob",
     "Relayed",
     "Sampling",
     "Started",
@@ -215,6 +216,15 @@ class TokenLogprob(Struct, frozen=True):
     top: tuple[tuple[str, float], ...] = ()
 
 
+class PromptLogprob(Struct, frozen=True):
+    """A token at a place of the prompt; ``rank`` 1: the likeliest there."""
+
+    token_id: int
+    token: str
+    logprob: float
+    rank: int
+
+
 class ToolCallDelta(Struct, frozen=True):
     """``id`` and ``name`` come once, with the first piece of a call; ``arguments`` in pieces."""
 
@@ -238,6 +248,9 @@ class Delta(Struct, frozen=True):
     logprobs: tuple[TokenLogprob, ...] = ()
     reasoning: str = ""
     tool_calls: tuple[ToolCallDelta, ...] = ()
+    #: With the first piece, if asked for (vLLM's ``prompt_logprobs``): of each token of the prompt
+    #: but the first, that token, and the likeliest ones.
+    prompt_logprobs: tuple[tuple[PromptLogprob, ...], ...] = ()
 
 
 class Relayed(Struct, frozen=True):

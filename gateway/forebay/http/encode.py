@@ -194,7 +194,7 @@ class Answer:
             "created": request.created,
             "model": request.model,
             "choices": [
-                {**choice(index, parts), **self._token_ids(parts)}
+                {**choice(index, parts), **self._token_ids(parts), **_prompt_logprobs(parts)}
                 for index, parts in enumerate(self._parts)
             ],
             "usage": usage_object(usage or Usage(0, 0, source="counted")),
@@ -206,6 +206,25 @@ class Answer:
         if not self._request.return_token_ids:
             return {}
         return {"token_ids": [token_id for part in parts for token_id in part.token_ids]}
+
+
+def _prompt_logprobs(parts: Sequence[Delta]) -> dict[str, Any]:
+    """A further member of a choice, as vLLM gives it: nothing is known of the first token."""
+    places = next((part.prompt_logprobs for part in parts if part.prompt_logprobs), ())
+    if not places:
+        return {}
+    known = [
+        {
+            str(entry.token_id): {
+                "logprob": entry.logprob,
+                "rank": entry.rank,
+                "decoded_token": entry.token,
+            }
+            for entry in place
+        }
+        for place in places
+    ]
+    return {"prompt_logprobs": [None, *known]}
 
 
 def _chat_choice(index: int, parts: Sequence[Delta]) -> dict[str, Any]:
