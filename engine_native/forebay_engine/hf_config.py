@@ -218,10 +218,18 @@ def _parse(data: dict[str, Any], ends: frozenset[int]) -> ModelConfig:
         query_pre_attn_scalar=data.get("query_pre_attn_scalar") or head_dim,
         attn_logit_softcapping=data.get("attn_logit_softcapping"),
         final_logit_softcapping=data.get("final_logit_softcapping"),
-        dtype=data.get("dtype") or data.get("torch_dtype") or "float32",
+        dtype=_stored_type(data),
         eos_token_ids=ends,
         data=data,
     )
+
+
+def _stored_type(data: dict[str, Any]) -> str:
+    found = data.get("dtype") or data.get("torch_dtype") or "float32"
+    if found == "float16" and data.get("quantization_config"):
+        # Weights of 4 or 8 bits have nothing that bfloat16 would lose, and kernels that take it.
+        return "bfloat16"
+    return str(found)
 
 
 def _refuse_unsupported(data: dict[str, Any]) -> None:

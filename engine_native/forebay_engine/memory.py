@@ -111,7 +111,8 @@ def _gguf_header(path: Path) -> list[tuple[str, dict[str, Any]]]:
         name = tensor_name(file.metadata["general.architecture"], tensor.name)
         if tensor.kind in KEPT and not name.endswith(_EMBEDDINGS):
             size = int(math.prod(tensor.shape) * KEPT[tensor.kind])
-            found.append((name, {"dtype": "U8", "shape": [size]}))
+            kind = "I8" if KEPT[tensor.kind] > 1.0 else "U8"
+            found.append((name, {"dtype": kind, "shape": [size]}))
         else:
             found.append((name, {"dtype": "BF16", "shape": tensor.shape}))
     return found
@@ -122,12 +123,21 @@ def _bytes(name: str, tensor: dict[str, Any], dtype: str, quantization: str) -> 
     kind, shape = tensor["dtype"], tensor["shape"]
     values: int = math.prod(shape)
     if kind not in _FLOATS:
-        return values * _OTHERS.get(kind, 1)
+        return _quantized_bytes(kind, values, dtype)
     is_layer = len(shape) == 2 and name.endswith(".weight") and not name.endswith(_EMBEDDINGS)
-    if is_layer and quantization in _ROUNDED:
+    if is_layer and quantization in _ROUNDED and dtype != "float32":
         return int(values * _ROUNDED["int8" if name == _HEAD else quantization])
     as_stored = 4 if kind == "F16" else _FLOATS[kind]  # computed in float32
     return values * _DTYPES.get(dtype, as_stored)
+
+
+def _quantized_bytes(kind: str, values: int, dtype: str) -> int:
+    """There are kernels for integers, FP8 is widened; for exactness in float32 all of it is."""
+    if kind.startswith("F8"):
+        return values * (4 if dtype == "float32" else 2)
+    stored = values * _OTHERS.get(kind, 1)
+    # A byte of packed weights is two values, one of int8's is one.
+    return stored * (4 if kind == "I8" else 8) if dtype == "float32" else stored
 
 
 def _mib(amount: int) -> str:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from forebay_engine.config import EngineConfig
-from forebay_engine.hf_config import ModelError
+from forebay_engine.hf_config import ModelError, read_config
 from forebay_engine.quantization.on_load import to_int4, to_int8
 from forebay_engine.quantization.stored import unpack
 from forebay_engine.runner import Runner
@@ -408,6 +408,21 @@ def test_scales_of_activations_and_cache_are_left_out(tmp_path: Path) -> None:
 def test_a_layer_that_was_not_quantised_is_plain(tmp_path: Path) -> None:
     with layer(tmp_path, {"quant_method": "gptq"}, {"weight": random(8, 8)}) as weights:
         assert isinstance(weights.matrix("p", 8, 8), Dense)
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype"), [({}, "float16"), ({"quant_method": "gptq"}, "bfloat16")]
+)
+def test_quantised_checkpoints_in_float16_are_computed_in_bfloat16(
+    settings: dict[str, Any],
+    dtype: str,
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    data = json.loads((tiny_checkpoint("qwen3") / "config.json").read_text())
+    data |= {"dtype": "float16", "quantization_config": settings}
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    assert read_config(tmp_path).dtype == dtype
 
 
 def test_other_settings_of_quantization_are_refused(tmp_path: Path) -> None:
