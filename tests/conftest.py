@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -38,6 +39,11 @@ from forebay.app import App, create_app
 from forebay.config import Config
 from forebay.loader import Registry, load_plugins
 from forebay.server import listener
+
+# Without a GPU Triton's kernels run under its interpreter. This is read when triton is first
+# imported, which modules of any room may do while tests are collected.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # How long an example takes is the machine's affair.
 settings.register_profile("forebay", deadline=None)

@@ -11,7 +11,8 @@ import pytest
 from forebay.api import BackendError, GenerateRequest, Sampling
 from forebay.testing import Exchange, ScriptedServer, adapter_context, chat_request
 from forebay.testing.adapter import collect
-from forebay_plugins import anthropic, llamacpp, native, ollama, openai, sglang, tgi, trtllm, vllm
+from forebay_engine.client import SamplingParams
+from forebay_plugins import anthropic, llamacpp, ollama, openai, sglang, tgi, trtllm, vllm
 
 OPENAI = {"temperature": 1, "top_p": 1, "frequency_penalty": 0, "presence_penalty": 0}
 ENGINE = {**OPENAI, "min_p": 0, "top_k": -1, "repetition_penalty": 1}
@@ -100,5 +101,5 @@ async def test_llamacpp_penalises_as_others_do(said: dict[str, Any], told: dict[
 def test_the_native_engines_own_values_are_neutral() -> None:
     """So what is not said need not be sent to it."""
     neutral = {**ENGINE, "top_k": 0}
-    params = native.SamplingParams()
+    params = SamplingParams()
     assert {name: getattr(params, name) for name in neutral} == neutral
