@@ -86,11 +86,14 @@ def forebay(**settings: object) -> Starter:
     @asynccontextmanager
     async def start(threads: int) -> AsyncIterator[Running]:
         port = free_port()
-        native = {"adapter": "native", "path": str(FOLDER), "threads": threads, **settings}
+        # Nobody examines its peers while they are measured.
+        native = {"adapter": "native", "path": str(FOLDER), "threads": threads, "examine": False}
         with tempfile.TemporaryDirectory(prefix="forebay-bench-") as folder:
             config = Path(folder) / "forebay.yaml"
             config.write_text(
-                _FOREBAY_CONFIG.format(port=port, model=MODEL, settings=json.dumps(native))
+                _FOREBAY_CONFIG.format(
+                    port=port, model=MODEL, settings=json.dumps(native | settings)
+                )
             )
             executable = str(Path(sys.executable).with_name("forebay"))
             async with _server([executable, "serve", "--config", str(config)], port) as running:
