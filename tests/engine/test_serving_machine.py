@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from forebay_engine.blocks import RELEASED
+from forebay_engine.scheduler import _Entry
 from forebay_engine.sequence import FinishReason, SamplingParams, Sequence
 from forebay_engine.step import StepPlan, StepResult
 from shadow_runner import ShadowRunner, expected, finish, guessing, make_scheduler
@@ -121,6 +122,7 @@ class Serving(RuleBasedStateMachine):
     @rule()
     def plan(self) -> None:
         before = {entry.sequence.id for entry in self.scheduler._running}
+        held_back = {e.sequence.id for e in self.scheduler._waiting if self.is_held_back(e)}
         plan = self.scheduler.plan()
         assert (plan is not None) == bool(self.alive)
         if plan is None:
@@ -138,17 +140,24 @@ class Serving(RuleBasedStateMachine):
             assert row.sample == (row.start + row.count - len(row.draft) == known)
             # Guesses end before the answer does: one token is drawn behind them.
             assert known + len(row.draft) < row.num_prompt + row.sampling.max_tokens
-        self.nobody_was_passed_over(before)
+        self.nobody_was_passed_over(before, held_back)
         self.flying = plan, [tuple(map(tuple, row.block_tables)) for row in plan.rows]
 
-    def nobody_was_passed_over(self, before: set[int]) -> None:
-        """Of those let in now, none is behind one that waits, unless for a page being computed."""
-        scheduler = self.scheduler
-        let_in = [e.rank for e in scheduler._running if e.sequence.id not in before]
-        for entry in scheduler._waiting:
-            if let_in and entry.rank < max(let_in) and entry.sequence.id not in before:
-                hit = scheduler.cache.match(entry.pages, entry.sequence.token_ids[:-1])
-                assert scheduler._computed_soon(entry, len(hit[0]))
+    def is_held_back(self, entry: _Entry) -> bool:
+        """A running prompt has yet to compute what this one shares with it."""
+        hit = self.scheduler.cache.match(entry.pages, entry.sequence.token_ids[:-1])
+        return self.scheduler._computed_soon(entry, len(hit[0]))
+
+    def nobody_was_passed_over(self, before: set[int], held_back: set[int]) -> None:
+        """Of those let in now, none is behind one that waits, unless for a page being computed.
+
+        Whoever is let in may take the pages that one who was held back would have found.
+        """
+        let_in = [e.rank for e in self.scheduler._running if e.sequence.id not in before]
+        for entry in self.scheduler._waiting:
+            id = entry.sequence.id
+            if let_in and entry.rank < max(let_in) and id not in before | held_back:
+                assert self.is_held_back(entry)
 
     @precondition(lambda self: self.flying is not None)
     @rule(data=st.data())
