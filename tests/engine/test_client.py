@@ -253,7 +253,8 @@ async def test_the_log_of_the_process_goes_on_with_its_levels(
             await verdict(client)
     found = {(record.levelname, record.getMessage()) for record in caplog.records}
     assert ("INFO", f"loading {tmp_path}") in found
-    assert ("ERROR", f"{tmp_path} is no model folder: there is no config.json in it") in found
+    reason = f"{tmp_path} is no model folder: there is no config.json in it, nor a GGUF"
+    assert ("ERROR", reason) in found
 
 
 async def test_a_command_that_is_none_is_not_tried_again() -> None:
