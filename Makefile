@@ -5,7 +5,7 @@ DEMO := gemma-3-270m
 PACKAGES := gateway plugins engine_native kernels router_policies
 ARGS ?=
 
-.PHONY: help serve test check lint format docs conformance e2e soak bench bench-engine set-up set-up-dev model clean
+.PHONY: help serve test check lint format docs conformance kernels e2e soak bench bench-engine set-up set-up-dev model clean
 
 help: ## show this
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -13,10 +13,13 @@ help: ## show this
 serve: set-up ## serve the demo model on http://127.0.0.1:8000/v1 (ARGS=... go to forebay serve)
 	@$(BIN)/forebay serve $(ARGS)
 
-test: set-up-dev model ## run the tests, all but those of `make e2e` (ARGS=... go to pytest)
-	$(BIN)/pytest -q $(ARGS)
+test: set-up-dev model ## run the tests, all but those of `make kernels` and `make e2e` (ARGS=... go to pytest)
+	$(BIN)/pytest -q --ignore=tests/kernels $(ARGS)
 
-check: lint test ## what must pass before a change is merged
+kernels: set-up-dev ## run the operators' tests: those in Triton by its interpreter, and compiled for Hopper
+	$(BIN)/pytest -q tests/kernels $(ARGS)
+
+check: lint test kernels ## what must pass before a change is merged
 
 lint: set-up-dev ## formatting, ruff, import contracts, types
 	$(BIN)/ruff format --check .

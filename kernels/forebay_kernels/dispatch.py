@@ -126,7 +126,7 @@ def paged_attention(
     first_row = 0
     if has_triton(query):
         # Imported here: triton is not there on every system, and takes 0.24 s where it is.
-        from forebay_kernels.paged_decode import decode_attention
+        from forebay_kernels.gpu.decode_attention import decode_attention
 
         first_row = batch.num_decodes
         decode_attention(

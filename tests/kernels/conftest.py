@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +51,46 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         for module in (dispatch, operators):
             monkeypatch.setattr(module, "available", lambda x: False)
     return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A kernel as Hopper would run it."""
+
+    ptx: str
+    #: Of a block; at most 232,448 are there.
+    shared_bytes: int
+    #: Of a thread; at most 255.
+    registers: int
+    #: Of a thread, in memory as registers were not enough.
+    spilled_bytes: int
+
+
+#: Takes jobs: a dict with ``kernel`` as ``module:function``, the Triton ``types`` of arguments by
+#: name (others are int32), ``constants``, and perhaps ``warps``, ``stages``, and ``aligned``, those
+#: arguments that are promised to be multiples of 16.
+CompileForHopper = Callable[..., list[Compiled]]
+
+
+@pytest.fixture
+def compile_for_hopper(tmp_path: Path) -> CompileForHopper:
+    """All jobs of a test in one process, since starting Triton takes seconds."""
+
+    def run(*jobs: dict[str, Any]) -> list[Compiled]:
+        env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+        env.pop("TRITON_INTERPRET", None)
+        done = subprocess.run(
+            [sys.executable, "-P", str(Path(__file__).with_name("compilation.py"))],
+            input=json.dumps(jobs),
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return [Compiled(**found) for found in json.loads(done.stdout)]
+
+    return run
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import forebay_kernels as kernels
 from forebay_kernels import cpu, dispatch, eager, gather, reference
-from forebay_kernels.paged_decode import decode_attention
+from forebay_kernels.gpu.decode_attention import decode_attention
 
 #: Relative error of the result in each type, and what bounds it: rounding of probabilities and sum.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}

@@ -20,9 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from forebay_kernels.batch import PagedBatch
+from forebay_kernels.gpu.tuning import choose
 
-#: Slots in a tile: 64 keys of 128 bf16 values are 16 KiB of shared memory, read as whole lines.
-_TILE = 64
 #: Rows that a matrix instruction takes at least; smaller groups are padded.
 _LEAST_ROWS = 16
 #: Programs that fill the device: two for each of an H200's 132 multiprocessors.
@@ -205,7 +204,9 @@ def decode_attention(
         raise ValueError(f"{heads} query heads cannot share {kv_heads} KV heads")
     if rows == 0:
         return
-    splits = splits or _splits(max(batch.seq_lens[:rows]), rows * kv_heads, window)
+    chosen = choose("decode_attention", query.device, dim=dim)
+    tile = chosen["tile"]
+    splits = splits or _splits(max(batch.seq_lens[:rows]), rows * kv_heads, window, tile)
     group = heads // kv_heads
     partial = torch.empty((rows, heads, splits, dim), dtype=torch.float32, device=query.device)
     highest, total = torch.empty((2, rows, heads, splits), dtype=torch.float32, device=query.device)
@@ -233,10 +234,12 @@ def decode_attention(
         SOFTCAP=softcap is not None,
         GROUP_PADDED=max(_LEAST_ROWS, triton.next_power_of_2(group)),
         DIM_PADDED=max(16, triton.next_power_of_2(dim)),
-        TILE=_TILE,
+        TILE=tile,
         # Full float32: the default rounds its factors to 10 bits of mantissa.
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         LOG2_E=math.log2(math.e),
+        num_warps=chosen["warps"],
+        num_stages=chosen["stages"],
     )
     _join_kernel[(rows, heads)](
         partial,
@@ -252,8 +255,8 @@ def decode_attention(
     )
 
 
-def _splits(longest: int, programs: int, window: int | None) -> int:
+def _splits(longest: int, programs: int, window: int | None, tile: int) -> int:
     """Shares of a row that fill the device, none of them without a tile."""
     seen = longest if window is None else min(longest, window)
-    tiles = -(-seen // _TILE)
+    tiles = -(-seen // tile)
     return max(1, min(-(-_PROGRAMS // programs), tiles, _MOST_SPLITS))

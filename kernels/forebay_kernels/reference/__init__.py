@@ -1,0 +1,29 @@
+"""Every operator in plain PyTorch, written to be read: the specification of the fast ones.
+
+All arithmetic is in float32 (float64 for float64 inputs), rounded once to the input's type.
+
+The cache of one layer is two tensors, keys and values, each ``[kv_heads, pages, block_size,
+head_dim]``: one head's page is one contiguous run, so a page is gathered with one copy, and the
+pages of a row form a contiguous ``[tokens, head_dim]`` matrix for each head.
+"""
+
+from __future__ import annotations
+
+from forebay_kernels.reference.attention import paged_attention, visible
+from forebay_kernels.reference.layers import (
+    gelu_tanh_mul,
+    kv_store,
+    rms_norm,
+    rope,
+    silu_mul,
+)
+
+__all__ = [
+    "gelu_tanh_mul",
+    "kv_store",
+    "paged_attention",
+    "rms_norm",
+    "rope",
+    "silu_mul",
+    "visible",
+]
