@@ -25,7 +25,7 @@ lint: set-up-dev ## formatting, ruff, import contracts, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
-	MYPYPATH=benchmarks:scripts $(BIN)/mypy $(PACKAGES) benchmarks scripts
+	MYPYPATH=benchmarks:benchmarks/gpu:scripts $(BIN)/mypy $(PACKAGES) benchmarks scripts
 
 format: set-up-dev ## format the code and fix what can be fixed
 	$(BIN)/ruff format .
