@@ -14,12 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
-from forebay_engine.cache import CacheGroup, KVCache
+from forebay_engine.cache import KVCache
 from forebay_engine.chat import ChatTemplate
 from forebay_engine.config import EngineConfig
-from forebay_engine.costs import StepCosts
 from forebay_engine.detokenizer import Detokenizer, StopStrings
 from forebay_engine.errors import RequestRefused, StartRefused
 from forebay_engine.guided import Grammar, Grammars
@@ -31,7 +30,8 @@ from forebay_engine.proposers import settle_speculation
 from forebay_engine.request import Choice, Request, done, output, refuse_priority, seed_of
 from forebay_engine.scheduler import Scheduler
 from forebay_engine.sequence import FinishReason, SamplingParams, Sequence
-from forebay_engine.step import NO_TOKEN, Sampled, StepPlan, StepResult
+from forebay_engine.step import NO_TOKEN, Sampled, StepPlan
+from forebay_engine.step_runner import StepRunner
 from forebay_engine.tokenizer import Tokenizer
 from forebay_engine.watermark import Marks
 from forebay_engine.wire import (
@@ -47,23 +47,6 @@ from forebay_engine.wire import (
     Tokenize,
     Tokenized,
 )
-
-
-class StepRunner(Protocol):
-    """The model's side of the step contract; ``execute`` blocks and is called from one thread."""
-
-    cache_groups: tuple[CacheGroup, ...]
-    block_size: int
-    max_model_len: int
-    vocab_size: int
-    #: It draws tokens: there is an output layer.
-    generates: bool
-    eos_token_ids: frozenset[int]
-    step_costs: StepCosts
-    draft_costs: StepCosts | None
-
-    def execute(self, plan: StepPlan) -> StepResult: ...
-
 
 _NOTHING_ALLOWED = (
     "no token may come next: the grammar, allowed_token_ids, bad_words and min_tokens "

@@ -25,10 +25,11 @@ import click
 from forebay_engine.cache import CacheGroup
 from forebay_engine.chat import ChatTemplate
 from forebay_engine.config import EngineConfig
-from forebay_engine.engine import Engine, StepRunner
+from forebay_engine.engine import Engine
 from forebay_engine.errors import StartRefused
 from forebay_engine.memory import refuse_what_does_not_fit
 from forebay_engine.server import Server
+from forebay_engine.step_runner import StepRunner
 from forebay_engine.tokenizer import Tokenizer
 from forebay_engine.tracing import Tracing
 from forebay_engine.wire import EXIT_REFUSED

@@ -27,6 +27,7 @@ from forebay_engine.sampler import sample
 from forebay_engine.scoring import score_prompts
 from forebay_engine.sequence import SamplingParams
 from forebay_engine.step import Row, Sampled, StepPlan, StepResult
+from forebay_engine.step_runner import Finished
 from forebay_engine.threads import ThreadPolicy, run_queue_wait
 from forebay_engine.weights import Weights
 from forebay_kernels import cpu
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 class Runner:
     """A loaded model that executes step plans; building one reads the weights (seconds)."""
+
+    runs_ahead = False
 
     def __init__(
         self, config: EngineConfig, progress: Callable[[float], None] = lambda share: None
@@ -77,6 +80,8 @@ class Runner:
         self._caches = [
             LayerCache(*(torch.zeros(size, dtype=self._dtype) for _ in range(2))) for size in sizes
         ]
+        #: Tokens that the last launched step drew, by ``seq_id``.
+        self._drawn: dict[int, int] = {}
         self._draft: DraftModel | None = None
         if draft is not None:
             self._draft = DraftModel(
@@ -88,6 +93,15 @@ class Runner:
                 eos_token_ids=self.eos_token_ids,
             )
 
+    def takes_unknown(self, sampling: SamplingParams) -> bool:
+        return True
+
+    def launch(self, plan: StepPlan) -> Finished:
+        """The whole step: the processor that would go on meanwhile is the one that computes."""
+        result = self.execute(StepPlan(tuple(self._known(row) for row in plan.rows)))
+        self._drawn = {item.seq_id: item.token_id for item in result.sampled}
+        return Finished(result)
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Run the plan's tokens, write their keys and values, draw a token where one is asked."""
         if self._policy is None:
@@ -97,6 +111,15 @@ class Runner:
         result = self._execute(plan)
         self._policy.end(rows, tokens)
         return result
+
+    def _known(self, row: Row) -> Row:
+        """The row with the token that was unknown when it was planned."""
+        if not row.unknown:
+            return row
+        if row.seq_id not in self._drawn:
+            raise ValueError(f"sequence {row.seq_id}: the last step drew no token for it")
+        token = max(0, self._drawn[row.seq_id])  # where none could come, any is as good
+        return replace(row, token_ids=[*row.token_ids, token], unknown=0)
 
     def _execute(self, plan: StepPlan) -> StepResult:
         self._settle_threads()

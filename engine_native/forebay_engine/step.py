@@ -87,6 +87,11 @@ class Row:
     pooling: Pooling | None = None
     #: None: the draft model, if there is one, has nothing to do.
     lookahead: Lookahead | None = None
+    #: 1: behind ``token_ids`` stands the token that the step launched last draws for the sequence,
+    #: which nobody here knows yet. It is all that the row runs: ``start`` is ``len(token_ids)`` and
+    #: ``count`` 1, and there are neither guesses nor a guide. If it is ``NO_TOKEN``, the row is run
+    #: for nothing.
+    unknown: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,6 +148,28 @@ def test_guesses_that_come_true_are_the_tokens_of_single_steps(runner: Runner) -
         assert [s.token_id for s in drawn if s.seq_id == 1] == true[:come]
 
 
+def test_a_token_that_nobody_knows_yet_is_the_one_that_was_just_drawn(runner: Runner) -> None:
+    """Steps planned one ahead, of two sequences of which one is preempted between."""
+    prompt, other = [2, 8, 9, 4], [2, 5]
+    known = list(prompt)
+    for _ in range(4):
+        single = planned(1, list(known), 0, [0], True)
+        known.append(runner.execute(StepPlan((single,))).sampled[0].token_id)
+    ahead = list(prompt)
+    step = StepPlan((planned(1, ahead, 0, [1], True), planned(2, other, 0, [2], True)))
+    launched = runner.launch(step)
+    for _ in range(3):
+        unknown = replace(planned(1, ahead, 0, [1], True), start=len(ahead), count=1, unknown=1)
+        following = runner.launch(StepPlan((unknown,)))
+        ahead.append(launched.result().sampled[0].token_id)
+        launched = following
+    ahead.append(launched.result().sampled[0].token_id)
+    assert ahead == known
+    lost = replace(planned(2, other, 0, [2], True), start=2, count=1, unknown=1)
+    with pytest.raises(ValueError, match="sequence 2: the last step drew no token for it"):
+        runner.launch(StepPlan((lost,)))
+
+
 def test_guesses_that_hang_in_the_air_are_refused() -> None:
     row = replace(planned(3, [1, 2, 3], 0, [0], True), count=1, draft=(4,))
     with pytest.raises(ValueError, match="guesses do not follow its last token"):
