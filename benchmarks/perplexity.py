@@ -57,6 +57,7 @@ PLAIN = (
     Variant("bfloat16", dtype="bfloat16"),
     Variant("int8 on load", quantization="int8"),
     Variant("int4 on load", quantization="int4"),
+    Variant("fp8 on load", dtype="bfloat16", quantization="fp8"),
 )
 
 

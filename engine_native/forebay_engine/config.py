@@ -11,7 +11,8 @@ class EngineConfig:
     model: str
     #: ``auto``: as stored; else ``float32`` or ``bfloat16``.
     dtype: str = "auto"
-    #: Of weights that are stored plainly: ``none``, ``int8`` or ``int4``.
+    #: Of weights that are stored plainly: ``none``, ``int8``, ``int4`` or
+    #: ``fp8``.
     quantization: str = "none"
     #: Who computes the layers: ``native`` (a class of ours), ``transformers``, or ``auto``: ours
     #: where there is one.

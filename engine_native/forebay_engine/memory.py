@@ -24,8 +24,9 @@ _PROGRAM_BYTES = 400 << 20
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _OTHERS = {"I64": 8, "I32": 4, "I16": 2}
 _DTYPES = {"float32": 4, "bfloat16": 2}
-#: Bytes of a value that is rounded while loading: int4 has 8 bytes of scale and zero a group of 32.
-_ROUNDED = {"int8": 1.0, "int4": 0.5 + 8 / 32}
+#: Bytes of a value that is rounded while loading: int4 has 8 bytes of scale and zero a group of 32,
+#: FP8 is widened to bfloat16 on a CPU.
+_ROUNDED = {"int8": 1.0, "int4": 0.5 + 8 / 32, "fp8": 2.0}
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 _HEAD = "lm_head.weight"
 

@@ -45,12 +45,13 @@ class Weights:
         quantization: str = "none",
         progress: Callable[[float], None] = lambda share: None,
     ) -> None:
-        """``quantization``: what plainly stored layers become; ``none``, ``int8`` or ``int4``.
+        """``quantization``: what plainly stored layers become; ``none`` or one of ``ON_LOAD``.
 
         ``progress`` is told the share of the files' bytes that has been handed out, 0 to 1.
         """
         if quantization != "none" and quantization not in ON_LOAD:
-            raise ModelError(f"quantization {quantization!r} is not one of none, int8, int4")
+            known = ", ".join(("none", *ON_LOAD))
+            raise ModelError(f"quantization {quantization!r} is not one of {known}")
         self.folder = folder
         self.dtype = dtype
         self.device = device

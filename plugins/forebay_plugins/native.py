@@ -75,8 +75,9 @@ class NativeSettings(BackendSettings, kw_only=True, frozen=True):
     """Model folder, GGUF file, or the name of a model that `forebay model pull` fetched."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and KV cache; `auto`: as stored."""
-    quantization: Literal["none", "int8", "int4"] = "none"
-    """Round the weights to 8 or 4 bits while loading; those of a quantised checkpoint stay."""
+    quantization: Literal["none", "int8", "int4", "fp8"] = "none"
+    """Round the weights to 8 or 4 bits while loading; those of a quantised checkpoint stay;
+    `fp8` is for GPUs, a CPU widens it again."""
     model_impl: Literal["auto", "native", "transformers"] = "auto"
     """Whose class computes the layers; `auto`: the engine's own, where it has one."""
     kv_cache_bytes: int = 512 << 20

@@ -39,6 +39,7 @@ def test_weights_are_counted_in_the_type_they_will_have(folder: Path, dtype: str
         ("none", "auto", 8 * (2 + 2) + 4 * 2 + 4 * 4 + 4 * 2 + 2),
         ("int8", "auto", 8 * (2 + 1) + 4 * 1 + 4 * 4 + 4 * 2 + 2),
         ("int4", "auto", 8 * (2 + 1) + 4 * 0.75 + 4 * 4 + 4 * 2 + 2),
+        ("fp8", "auto", 8 * (2 + 1) + 4 * 2 + 4 * 4 + 4 * 2 + 2),
         # Exactness is asked for: all is dequantised.
         ("none", "float32", 8 * (4 + 4) + 4 * 4 + 4 * 4 * 8 + 4 * 4 + 4),
         ("int8", "float32", 8 * (4 + 4) + 4 * 4 + 4 * 4 * 8 + 4 * 4 + 4),

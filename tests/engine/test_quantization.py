@@ -22,7 +22,7 @@ from torch import Tensor
 
 from forebay_engine.config import EngineConfig
 from forebay_engine.hf_config import ModelError, read_config
-from forebay_engine.quantization.on_load import to_int4, to_int8
+from forebay_engine.quantization.on_load import to_fp8, to_int4, to_int8
 from forebay_engine.quantization.stored import unpack
 from forebay_engine.runner import Runner
 from forebay_engine.sequence import SamplingParams
@@ -246,12 +246,12 @@ def tokens(folder: Path, *, dtype: str = "float32", quantization: str = "none") 
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen2"])
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
 def test_on_load_gives_the_tokens_of_the_rounded_values(
     family: str, kind: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     source = tiny_checkpoint(family)
-    quantise = {"int8": to_int8, "int4": to_int4}[kind]
+    quantise = {"int8": to_int8, "int4": to_int4, "fp8": to_fp8}[kind]
     # Both tie the head to the embedding, which stays as it is: so the head is stored apart here.
     data = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": False}
     written.rewrite(source, tmp_path, {}, lambda w: {"weight": quantise(w).dequantize()})
@@ -269,6 +269,19 @@ def test_int8_is_within_half_a_step_of_each_channel() -> None:
     error = (matrix.dequantize() - weight).abs()
     assert (error <= weight.abs().amax(1, keepdim=True) / 127.0 * 0.5001).all()
     assert torch.equal(matrix.dequantize()[3], torch.zeros(70))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp8_is_within_half_a_step_of_each_channel(dtype: torch.dtype) -> None:
+    weight = (random(5, 70) * torch.tensor([[1.0], [1e-20], [0.0], [1e20], [0.03]])).to(dtype)
+    matrix = to_fp8(weight)
+    wide, found = weight.double(), matrix.dequantize().double()
+    assert isinstance(matrix, Fp8)
+    assert matrix.scale.shape == (5, 1)
+    # With three bits of mantissa 1/16 of a value, or 2^-10 of the scale below the smallest normal.
+    step = torch.maximum(wide.abs() / 16, matrix.scale.double() * 2.0**-10)
+    assert ((found - wide).abs() <= step * 1.0001).all()
+    assert (found.abs().amax(1) >= 0.9999 * wide.abs().amax(1)).all()
 
 
 def test_int4_is_better_than_the_whole_range_and_keeps_flat_groups() -> None:
@@ -426,5 +439,5 @@ def test_quantised_checkpoints_in_float16_are_computed_in_bfloat16(
 
 
 def test_other_settings_of_quantization_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="'int2' is not one of none, int8, int4"):
+    with pytest.raises(ModelError, match="'int2' is not one of none, int8, int4, fp8"):
         Weights(tmp_path, torch.float32, torch.device("cpu"), "int2")

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from forebay_kernels import PagedBatch, dispatch
@@ -51,6 +53,29 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         for module in (dispatch, operators):
             monkeypatch.setattr(module, "available", lambda x: False)
     return chosen
+
+
+@pytest.fixture
+def exact_conversions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Triton's interpreter round to narrower types as GPUs and torch do.
+
+    Its own conversion to FP8 loses the carry of a mantissa that is rounded up, and cuts off what is
+    below the smallest normal value; to bfloat16 it does not round.
+    """
+    types = {
+        tl.float32: torch.float32,
+        tl.float16: torch.float16,
+        tl.bfloat16: torch.bfloat16,
+        tl.float8e4nv: torch.float8_e4m3fn,
+    }
+
+    def convert(data: Any, before: tl.dtype, after: tl.dtype, rounding: object) -> Any:
+        stored = torch.from_numpy(np.array(data).view(f"int{before.primitive_bitwidth}"))
+        found = stored.view(types[before]).float().to(types[after])
+        number = {8: torch.uint8, 16: torch.uint16, 32: torch.uint32}[after.primitive_bitwidth]
+        return found.view(number).numpy()
+
+    monkeypatch.setattr("triton.runtime.interpreter._convert_float", convert)
 
 
 @dataclass(frozen=True, slots=True)

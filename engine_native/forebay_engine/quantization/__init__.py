@@ -46,6 +46,6 @@ def read_format(folder: Path) -> Format | None:
         raise ModelError(
             f"{path}: quant_method {method!r} is not supported (these are: "
             f"{', '.join(sorted(_FORMATS))}); give the unquantised checkpoint and set "
-            "quantization: int8 or int4"
+            "quantization: int8, int4 or fp8"
         )
     return _FORMATS[method](settings)

@@ -9,8 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from forebay_kernels.matrix import Int4, Int8, Matrix, pack_int4
+from forebay_kernels.matrix import Fp8, Int4, Int8, Matrix, pack_int4
 
+#: The largest value of e4m3.
+_FP8_LARGEST = 448.0
 #: Columns that share a scale and a zero in int4.
 _GROUP = 32
 #: Parts of a group's range that its 16 levels may span; clipping the ends can serve the rest.
@@ -35,6 +37,24 @@ def to_int8(weight: Tensor) -> Int8:
 
     _for_all_rows(quantize, out, into)
     return Int8(values, scale)
+
+
+def to_fp8(weight: Tensor) -> Fp8:
+    """In e4m3, the largest value of each output channel as 448: ``[out, in]``."""
+    out, into = weight.shape
+    values = torch.empty(out, into, dtype=torch.float8_e4m3fn, device=weight.device)
+    scale = torch.empty(out, 1, dtype=torch.float32, device=weight.device)
+
+    def quantize(rows: slice) -> None:
+        wide = weight[rows].float()
+        scale[rows] = wide.abs().amax(dim=1, keepdim=True) / _FP8_LARGEST
+        divisor = torch.where(scale[rows] > 0.0, scale[rows], 1.0)
+        # A quotient may be rounded up beyond the largest value, which is NaN in e4m3.
+        rounded = (wide / divisor).clamp_(-_FP8_LARGEST, _FP8_LARGEST)
+        values[rows] = rounded.to(torch.float8_e4m3fn)
+
+    _for_all_rows(quantize, out, into)
+    return Fp8(values, scale, into)
 
 
 def to_int4(weight: Tensor) -> Matrix:
@@ -108,4 +128,5 @@ def _for_all_rows(quantize: Callable[[slice], None], out: int, into: int) -> Non
 ON_LOAD: dict[str, tuple[Callable[[Tensor], Matrix], Callable[[Tensor], Matrix]]] = {
     "int8": (to_int8, to_int8),
     "int4": (to_int4, to_int8),
+    "fp8": (to_fp8, to_int8),
 }

@@ -10,6 +10,12 @@ pages of a row form a contiguous ``[tokens, head_dim]`` matrix for each head.
 from __future__ import annotations
 
 from forebay_kernels.reference.attention import paged_attention, visible
+from forebay_kernels.reference.fp8 import (
+    add_rms_norm_fp8,
+    quantize_fp8,
+    rms_norm_fp8,
+    silu_mul_fp8,
+)
 from forebay_kernels.reference.layers import (
     gelu_tanh_mul,
     kv_store,
@@ -19,11 +25,15 @@ from forebay_kernels.reference.layers import (
 )
 
 __all__ = [
+    "add_rms_norm_fp8",
     "gelu_tanh_mul",
     "kv_store",
     "paged_attention",
+    "quantize_fp8",
     "rms_norm",
+    "rms_norm_fp8",
     "rope",
     "silu_mul",
+    "silu_mul_fp8",
     "visible",
 ]
