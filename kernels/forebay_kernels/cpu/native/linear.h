@@ -22,20 +22,33 @@ T *scratch(long count) {
     return memory.data();
 }
 
-// Rows [rows, width] as floats [rows, padded]; what is past the width is 0.
+// Where tile t of `tiles` begins; they are cut evenly, as by_tiles does.
+INLINE long tile_start(long rows, long tiles, long t) { return rows * t / tiles; }
+
+// Rows [rows, width] as floats, filled up with zeros to `padded`, in the order in which they are
+// read: for each block of the width and each tile of rows [of the block][rows of the tile].
 template <class T>
-const float *widened(const T *x, long stride, long rows, long width, long padded) {
-    float *wide = scratch<float, 0>(rows * padded);
-    auto row = [&](long i, int) {
-        float *to = wide + i * padded;
-        for (long k = 0; k < width; k += LANES) write(to + k, read(x + i * stride + k, width - k), width - k);
-        for (long k = width; k < padded; k++) to[k] = 0.0f;
+const float *interleaved(const T *x, long stride, long rows, long width, long padded, long block) {
+    float *all = scratch<float, 0>(rows * padded);
+    long tiles = ceil_div(rows, TALLEST);
+    auto tile = [&](long part, int) {
+        long t = part % tiles, from = part / tiles * block;
+        long first = tile_start(rows, tiles, t), tall = tile_start(rows, tiles, t + 1) - first;
+        long count = padded - from < block ? padded - from : block;
+        long there = width - from < count ? width - from : count;
+        float *to = all + from * rows + first * count;
+        for (long i = 0; i < tall; i++) {
+            const T *row = x + (first + i) * stride + from;
+            for (long k = 0; k < there; k++) to[k * tall + i] = widen(row[k]);
+            for (long k = there; k < count; k++) to[k * tall + i] = 0.0f;
+        }
     };
-    if (rows * width < (1 << 16))
-        for (long i = 0; i < rows; i++) row(i, 0);
+    long parts = ceil_div(padded, block) * tiles;
+    if (rows * width < (1 << 14))
+        for (long part = 0; part < parts; part++) tile(part, 0);
     else
-        shared(rows, row);
-    return wide;
+        shared(parts, tile);
+    return all;
 }
 
 template <class T>
@@ -50,30 +63,78 @@ INLINE void finish(F32 (&sums)[WIDE], const float *bias, long column, long colum
     }
 }
 
+// All rows times a panel.
 template <class Kind>
-struct DenseTile {
+struct DensePanel {
     using T = typename Kind::Element;
-    const DenseMatrix &matrix;
-    const float *x;
-    T *out;
-    long out_stride, panel, steps;
+    static constexpr long BLOCK = 128;  // 16 KB of weights
 
-    template <int ROWS>
-    INLINE void run(long first) {
-        F32 sums[ROWS][WIDE] = {};
-        long width = steps * Kind::PARTS;
-        multiply<Kind, ROWS>(sums, x + first * width, width, matrix.panels + panel * steps * STEP,
-                             steps);
-#pragma GCC unroll 16
-        for (int i = 0; i < ROWS; i++)
-            finish(sums[i], matrix.bias, panel * PANEL, matrix.out, out + (first + i) * out_stride);
+    const DenseMatrix &matrix;
+    const float *x;  // interleaved
+    T *out;
+    long out_stride, rows, panel;
+    float *sums;  // [rows, PANEL] so far, of several tiles
+
+    // Of one tile, weights come from memory as fast as they can. Of several, BLOCK steps stay in the
+    // first cache for all of them: the first one fetches the next block, the others their
+    // neighbour's input. Sums go on as they were.
+    void run() const {
+        long tiles = ceil_div(rows, TALLEST), steps = ceil_div(matrix.into, PER_STEP<Kind>);
+        long block = tiles == 1 ? steps : BLOCK;
+        const char *weights = matrix.panels + panel * steps * STEP;
+        for (long from = 0; from < steps; from += block, weights += block * STEP) {
+            long count = steps - from < block ? steps - from : block;
+            for (long t = 0; t < tiles; t++) {
+                long first = tile_start(rows, tiles, t), end = tile_start(rows, tiles, t + 1);
+                const float *input = x + (from * rows + first * count) * Kind::PARTS;
+                const float *next = input + (end - first) * count * Kind::PARTS;
+                const char *ahead = tiles == 1 ? weights + AHEAD
+                                    : t == 0   ? weights + count * STEP
+                                               : reinterpret_cast<const char *>(next);
+                Tile tile{*this, weights, count, input, ahead, from == 0, from + count == steps};
+                rows_of<TALLEST>(int(end - first), first, tile);
+            }
+        }
     }
+
+    struct Tile {
+        const DensePanel &all;
+        const char *weights;
+        long steps;
+        const float *x;
+        const char *ahead;
+        bool begins, ends;
+
+        // A function of its own for each number of rows: together they take minutes to compile.
+        template <int ROWS>
+        __attribute__((noinline)) void run(long first) const {
+            F32 sums[ROWS][WIDE] = {};
+            float *so_far = all.sums + first * PANEL;
+            if (!begins)
+#pragma GCC unroll 16
+                for (int i = 0; i < ROWS; i++)
+                    for (int j = 0; j < WIDE; j++) sums[i][j] = read(so_far + i * PANEL + j * LANES);
+            multiply<Kind, ROWS>(sums, x, weights, steps, ahead);
+            if (ends)
+#pragma GCC unroll 16
+                for (int i = 0; i < ROWS; i++)
+                    finish(sums[i], all.matrix.bias, all.panel * PANEL, all.matrix.out,
+                           all.out + (first + i) * all.out_stride);
+            else
+#pragma GCC unroll 16
+                for (int i = 0; i < ROWS; i++)
+                    for (int j = 0; j < WIDE; j++) store(so_far + i * PANEL + j * LANES, sums[i][j]);
+        }
+    };
 };
 
-// `body(panel, thread)` for all panels, in parts of about 64 KB of weights, which take 6 us to read.
+// `body(panel, thread)` for all panels, in parts of 64 KB of weights, which take 6 us to read, or of
+// up to 1 MB where there are many: each part begins with what nobody has fetched ahead.
 template <class Body>
 void by_panels(long panels, long panel_bytes, Body &&body) {
-    long each = (64 << 10) / panel_bytes;
+    long bytes = panels * panel_bytes / (64 * Pool::instance().threads());
+    bytes = bytes < (64 << 10) ? 64 << 10 : bytes > (1 << 20) ? 1 << 20 : bytes;
+    long each = bytes / panel_bytes;
     if (each < 1) each = 1;
     shared(ceil_div(panels, each), [&](long part, int thread) {
         long end = (part + 1) * each < panels ? (part + 1) * each : panels;
@@ -84,10 +145,15 @@ void by_panels(long panels, long panel_bytes, Body &&body) {
 template <class Kind>
 void linear(const DenseMatrix &matrix, const typename Kind::Element *x, long x_stride, long rows,
             typename Kind::Element *out, long out_stride) {
+    constexpr long PARTS = Kind::PARTS;
     long steps = ceil_div(matrix.into, PER_STEP<Kind>);
-    const float *wide = widened(x, x_stride, rows, matrix.into, steps * Kind::PARTS);
-    by_panels(ceil_div(matrix.out, PANEL), steps * STEP, [&](long panel, int) {
-        by_tiles(rows, DenseTile<Kind>{matrix, wide, out, out_stride, panel, steps});
+    const float *input = interleaved(x, x_stride, rows, matrix.into, steps * PARTS,
+                                     DensePanel<Kind>::BLOCK * PARTS);
+    static std::vector<float> sums[Pool::MOST_THREADS];
+    by_panels(ceil_div(matrix.out, PANEL), steps * STEP, [&](long panel, int thread) {
+        if (rows > TALLEST) sums[thread].resize(size_t(rows * PANEL));
+        float *mine = sums[thread].data();
+        DensePanel<Kind>{matrix, input, out, out_stride, rows, panel, mine}.run();
     });
 }
 

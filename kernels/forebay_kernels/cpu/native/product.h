@@ -19,7 +19,7 @@ constexpr int WIDE = 2;              // vectors in a panel's step
 constexpr int PANEL = WIDE * LANES;  // columns
 constexpr int TALLEST = 12;          // rows of a tile: 24 sums in registers
 constexpr long STEP = PANEL * 4;     // bytes
-constexpr long AHEAD = 2048;         // bytes to fetch ahead
+constexpr long AHEAD = 4096;         // bytes to fetch ahead
 
 INLINE long ceil_div(long a, long b) { return (a + b - 1) / b; }
 
@@ -84,6 +84,28 @@ INLINE void multiply(typename Kind::Sum (&sums)[ROWS][WIDE], const typename Kind
 #pragma GCC unroll 4
                 for (int j = 0; j < WIDE; j++)
                     sums[i][j] = Kind::add(sums[i][j], Kind::part(weight[j], p), x[i * stride + p]);
+    }
+}
+
+// The same with x as [step][part][row]: one stream to read, and one address. As many bytes as the
+// panel has are fetched from `ahead` on meanwhile.
+template <class Kind, int ROWS>
+INLINE void multiply(typename Kind::Sum (&sums)[ROWS][WIDE], const typename Kind::Input *x,
+                     const char *panel, long steps, const char *ahead) {
+    for (long s = 0; s < steps; s++, panel += STEP, x += Kind::PARTS * ROWS, ahead += STEP) {
+        U32 weight[WIDE];
+#pragma GCC unroll 4
+        for (int j = 0; j < WIDE; j++) {
+            __builtin_prefetch(ahead + 64 * j);
+            weight[j] = load<U32>(panel + 64 * j);
+        }
+#pragma GCC unroll 4
+        for (int p = 0; p < Kind::PARTS; p++)
+#pragma GCC unroll 16
+            for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+                for (int j = 0; j < WIDE; j++)
+                    sums[i][j] = Kind::add(sums[i][j], Kind::part(weight[j], p), x[p * ROWS + i]);
     }
 }
 
