@@ -6,12 +6,15 @@ from forebay_kernels.batch import PagedBatch
 from forebay_kernels.dispatch import (
     add_rms_norm,
     argmax,
+    embedding,
     gelu_tanh_mul,
     kv_store,
     paged_attention,
     prepare_qkv,
     rms_norm,
     rope,
+    rotary_angles,
+    select_rms_norm,
     silu_mul,
 )
 
@@ -19,11 +22,14 @@ __all__ = [
     "PagedBatch",
     "add_rms_norm",
     "argmax",
+    "embedding",
     "gelu_tanh_mul",
     "kv_store",
     "paged_attention",
     "prepare_qkv",
     "rms_norm",
     "rope",
+    "rotary_angles",
+    "select_rms_norm",
     "silu_mul",
 ]

@@ -10,12 +10,48 @@ from forebay_kernels.batch import PagedBatch
 from forebay_kernels.cpu import available
 from forebay_kernels.cpu import operators as compiled
 
+# Triton's modules are imported where they are needed: triton is not on every system, and takes
+# 0.24 s to import.
+
+
+def embedding(token_ids: Tensor, weight: Tensor, scale: float | None = None) -> Tensor:
+    """Rows of ``weight``, times ``scale``; see ``reference.embedding``."""
+    if has_triton(weight):
+        from forebay_kernels.gpu import embedding as triton
+
+        return triton.embedding(token_ids, weight, scale)
+    return eager.embedding(token_ids, weight, scale)
+
+
+def rotary_angles(positions: Tensor, frequency: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine that ``rope`` takes, ``frequency`` in float32; see ``reference``."""
+    if has_triton(positions):
+        from forebay_kernels.gpu import embedding as triton
+
+        return triton.rotary_angles(positions, frequency, factor)
+    return eager.rotary_angles(positions, frequency, factor)
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
     """Root-mean-square norm over the last axis; see ``reference.rms_norm``."""
-    if not unit_offset and weight.dim() == 1 and compiled.takes_rows(x):
+    plain = not unit_offset and weight.dim() == 1
+    if plain and has_triton(x):
+        from forebay_kernels.gpu import norms
+
+        return norms.rms_norm(x, weight.float(), eps)
+    if plain and compiled.takes_rows(x):
         return compiled.rms_norm(x, weight.float(), eps)
     return eager.rms_norm(x, weight, eps, unit_offset=unit_offset)
+
+
+def select_rms_norm(hidden: Tensor, at: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The norm of some rows, ``weight`` in float32; see ``reference.select_rms_norm``."""
+    if has_triton(hidden):
+        from forebay_kernels.gpu import norms
+
+        return norms.select_rms_norm(hidden, at, weight, eps)
+    wanted = hidden[at.clamp(min=0)].masked_fill_(at.unsqueeze(1) < 0, 0.0)  # the norm of 0 is 0
+    return rms_norm(wanted, weight, eps)
 
 
 def add_rms_norm(
@@ -25,6 +61,10 @@ def add_rms_norm(
 
     Both weights are ``[width]`` float32.
     """
+    if has_triton(x):
+        from forebay_kernels.gpu import norms
+
+        return norms.add_rms_norm(x, added, inner, outer, eps)
     if compiled.takes_rows(x) and added.is_contiguous():
         return compiled.add_rms_norm(x, added, inner, outer, eps)
     x += added if inner is None else eager.rms_norm(added, inner, eps)
@@ -46,17 +86,39 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def silu_mul(x: Tensor) -> Tensor:
     """SwiGLU's gate; see ``reference.silu_mul``."""
+    if has_triton(x):
+        from forebay_kernels.gpu import activations
+
+        return activations.silu_mul(x)
     return compiled.silu_mul(x) if compiled.takes_rows(x) else eager.silu_mul(x)
 
 
 def gelu_tanh_mul(x: Tensor) -> Tensor:
     """Gemma's gate; see ``reference.gelu_tanh_mul``."""
+    if has_triton(x):
+        from forebay_kernels.gpu import activations
+
+        return activations.gelu_tanh_mul(x)
     return compiled.gelu_tanh_mul(x) if compiled.takes_rows(x) else eager.gelu_tanh_mul(x)
 
 
-def kv_store(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+def kv_store(
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    key_scale: Tensor | None = None,  # [kv_heads] float32
+    value_scale: Tensor | None = None,  # [kv_heads] float32
+) -> None:
     """Write a step's keys and values into the paged cache; see ``reference.kv_store``."""
-    eager.kv_store(key, value, keys, values, slots)
+    _check_scales(keys, key_scale, value_scale)
+    if has_triton(keys):
+        from forebay_kernels.gpu import qkv
+
+        qkv.kv_store(key, value, keys, values, slots, key_scale, value_scale)
+    else:
+        eager.kv_store(key, value, keys, values, slots, key_scale, value_scale)
 
 
 def prepare_qkv(
@@ -68,30 +130,36 @@ def prepare_qkv(
     keys: Tensor,  # [kv_heads, pages, block_size, head_dim]
     values: Tensor,  # [kv_heads, pages, block_size, head_dim]
     slots: Tensor,  # [tokens] int64
+    key_scale: Tensor | None = None,  # [kv_heads] float32
+    value_scale: Tensor | None = None,  # [kv_heads] float32
 ) -> Tensor:
     """Norm and rotate queries and keys, store keys and values: the queries that attention takes.
 
-    ``qkv`` may be overwritten. Heads whose ``rotated`` is less than ``head_dim`` keep the rest.
+    ``qkv`` may be overwritten. Heads whose ``rotated`` is less than ``head_dim`` keep the rest. FP8
+    caches have a scale a head; see ``reference.kv_store``.
     """
+    _check_scales(keys, key_scale, value_scale)
     heads = qkv.shape[1] - 2 * kv_heads
+    if has_triton(qkv):
+        from forebay_kernels.gpu import qkv as triton
+
+        triton.prepare_qkv(
+            qkv, kv_heads, norm, eps, angles, keys, values, slots, key_scale, value_scale
+        )
+        return qkv[:, :heads]
     if compiled.takes_rows(qkv) and compiled.takes_cache(keys, qkv.shape[2]):
         cos, sin = angles or (None, None)
         compiled.prepare_qkv(qkv, kv_heads, norm, eps, cos, sin, keys, values, slots)
         return qkv[:, :heads]
-    rotated, value = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-    if norm is not None:
-        rotated = eager.rms_norm(rotated, norm, eps)
-    if angles is not None:
-        rotated = _rotated(rotated, *angles)
-    kv_store(rotated[:, heads:], value, keys, values, slots)
-    return rotated[:, :heads]
+    return eager.prepare_qkv(
+        qkv, kv_heads, norm, eps, angles, keys, values, slots, key_scale, value_scale
+    )
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    rotated = 2 * cos.shape[1]
-    if rotated == x.shape[2]:
-        return rope(x, cos, sin)
-    return torch.cat((rope(x[..., :rotated], cos, sin), x[..., rotated:]), dim=-1)
+def _check_scales(keys: Tensor, key_scale: Tensor | None, value_scale: Tensor | None) -> None:
+    for name, scale in (("key_scale", key_scale), ("value_scale", value_scale)):
+        if (scale is not None) != (keys.dtype == torch.float8_e4m3fn):
+            raise ValueError(f"{name}: a cache of FP8 needs one, any other has none")
 
 
 def paged_attention(
@@ -125,7 +193,6 @@ def paged_attention(
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     first_row = 0
     if has_triton(query):
-        # Imported here: triton is not there on every system, and takes 0.24 s where it is.
         from forebay_kernels.gpu.decode_attention import decode_attention
 
         first_row = batch.num_decodes

@@ -43,12 +43,65 @@ def gelu_tanh_mul(x: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh").mul_(up)
 
 
-def kv_store(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+def embedding(token_ids: Tensor, weight: Tensor, scale: float | None) -> Tensor:
+    rows = F.embedding(token_ids, weight)
+    return rows if scale is None else rows.mul_(scale)
+
+
+def rotary_angles(positions: Tensor, frequency: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    angle = positions.float().unsqueeze(1) * frequency  # [tokens, dim / 2]
+    cos, sin = angle.cos(), angle.sin()
+    return (cos, sin) if factor == 1.0 else (cos.mul_(factor), sin.mul_(factor))
+
+
+def kv_store(
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+) -> None:
     if int(slots.min()) < 0:
         stored = slots >= 0
         key, value, slots = key[stored], value[stored], slots[stored]
-    keys.flatten(1, 2).index_copy_(1, slots, key.transpose(0, 1))
-    values.flatten(1, 2).index_copy_(1, slots, value.transpose(0, 1))
+    for heads, cache, scale in ((key, keys, key_scale), (value, values, value_scale)):
+        if scale is not None:
+            most = torch.finfo(cache.dtype).max
+            heads = heads.float().div(scale.unsqueeze(1)).clamp_(-most, most).to(cache.dtype)
+            # Of FP8 torch moves bytes only.
+            heads, cache = heads.view(torch.uint8), cache.view(torch.uint8)
+        cache.flatten(1, 2).index_copy_(1, slots, heads.transpose(0, 1))
+
+
+def prepare_qkv(
+    qkv: Tensor,  # [tokens, heads + 2 kv_heads, head_dim]
+    kv_heads: int,
+    norm: Tensor | None,  # [heads + kv_heads, head_dim] float32
+    eps: float,
+    angles: tuple[Tensor, Tensor] | None,  # cos and sin: [tokens, rotated / 2] float32
+    keys: Tensor,  # [kv_heads, pages, block_size, head_dim]
+    values: Tensor,  # [kv_heads, pages, block_size, head_dim]
+    slots: Tensor,  # [tokens] int64
+    key_scale: Tensor | None,  # [kv_heads] float32
+    value_scale: Tensor | None,  # [kv_heads] float32
+) -> Tensor:
+    heads = qkv.shape[1] - 2 * kv_heads
+    x, value = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+    if norm is not None:
+        x = rms_norm(x, norm, eps)
+    if angles is not None:
+        x = _rotated(x, *angles)
+    kv_store(x[:, heads:], value, keys, values, slots, key_scale, value_scale)
+    return x[:, :heads]
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    rotated = 2 * cos.shape[1]
+    if rotated == x.shape[2]:
+        return rope(x, cos, sin)
+    return torch.cat((rope(x[..., :rotated], cos, sin), x[..., rotated:]), dim=-1)
 
 
 def paged_attention(

@@ -17,22 +17,32 @@ from forebay_kernels.reference.fp8 import (
     silu_mul_fp8,
 )
 from forebay_kernels.reference.layers import (
+    add_rms_norm,
+    embedding,
     gelu_tanh_mul,
     kv_store,
+    prepare_qkv,
     rms_norm,
     rope,
+    rotary_angles,
+    select_rms_norm,
     silu_mul,
 )
 
 __all__ = [
+    "add_rms_norm",
     "add_rms_norm_fp8",
+    "embedding",
     "gelu_tanh_mul",
     "kv_store",
     "paged_attention",
+    "prepare_qkv",
     "quantize_fp8",
     "rms_norm",
     "rms_norm_fp8",
     "rope",
+    "rotary_angles",
+    "select_rms_norm",
     "silu_mul",
     "silu_mul_fp8",
     "visible",
