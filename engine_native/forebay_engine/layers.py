@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from functools import partial
 
@@ -165,6 +166,60 @@ class PreNormLayer:
     ) -> Tensor:
         x = x + self._attention(self._attention_norm(x), angles, cache, batch)
         return x + self._mlp(self._mlp_norm(x))
+
+
+class ResidualLayer:
+    """Attention and MLP between norms: each addition to the stream is one pass with the next norm.
+
+    ``after_attention`` and ``after_mlp`` norm what is added, as Gemma does.
+    """
+
+    def __init__(
+        self,
+        before_attention: RmsNorm,
+        attention: Attention,
+        before_mlp: RmsNorm,
+        mlp: Part,
+        *,
+        after_attention: RmsNorm | None = None,
+        after_mlp: RmsNorm | None = None,
+    ) -> None:
+        self.before_attention, self._before_mlp = before_attention, before_mlp
+        self._attention, self._mlp = attention, mlp
+        self._after_attention, self._after_mlp = after_attention, after_mlp
+
+    def __call__(
+        self,
+        x: Tensor,
+        normed: Tensor,
+        following: RmsNorm,
+        angles: Angles,
+        cache: LayerCache,
+        batch: kernels.PagedBatch,
+    ) -> Tensor:
+        """Add to the stream ``x``, in place, what its ``normed`` gives; ``following`` norms it."""
+        attended = self._attention(normed, angles, cache, batch)
+        normed = self._before_mlp.after(x, attended, self._after_attention)
+        return following.after(x, self._mlp(normed), self._after_mlp)
+
+
+def through(
+    layers: Items[ResidualLayer],
+    norm: RmsNorm,
+    x: Tensor,
+    angles: Items[Angles],
+    caches: Items[LayerCache],
+    batch: kernels.PagedBatch,
+) -> Tensor:
+    """The stream ``x``, which is overwritten, behind all layers and the last ``norm``.
+
+    :param angles: of each layer.
+    """
+    normed = layers[0].before_attention(x)
+    following = [*(layer.before_attention for layer in layers[1:]), norm]
+    for layer, next_norm, turn, cache in zip(layers, following, angles, caches, strict=True):
+        normed = layer(x, normed, next_norm, turn, cache, batch)
+    return normed
 
 
 class Mlp:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import forebay_kernels as kernels
 from forebay_engine.hf_config import ModelConfig, Rope
 
 
@@ -33,11 +34,7 @@ class Rotary:
         self._attention_factor = rope.attention_factor
 
     def __call__(self, positions: Tensor) -> Angles:
-        angle = positions.float().unsqueeze(1) * self._frequency  # [tokens, dim / 2]
-        cos, sin = angle.cos(), angle.sin()
-        if self._attention_factor == 1.0:
-            return Angles(cos, sin)
-        return Angles(cos.mul_(self._attention_factor), sin.mul_(self._attention_factor))
+        return Angles(*kernels.rotary_angles(positions, self._frequency, self._attention_factor))
 
 
 def _frequency(rope: Rope, dim: int, served_length: int) -> Tensor:

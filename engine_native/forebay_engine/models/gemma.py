@@ -10,57 +10,26 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import forebay_kernels as kernels
 from forebay_engine.hf_config import ModelConfig
-from forebay_engine.layers import LayerCache, RmsNorm, attention, gated_mlp, head
-from forebay_engine.rotary import Angles, Rotary
+from forebay_engine.layers import (
+    LayerCache,
+    ResidualLayer,
+    RmsNorm,
+    attention,
+    gated_mlp,
+    head,
+    through,
+)
+from forebay_engine.rotary import Rotary
 from forebay_engine.weights import Weights
 
 
 def _norm(config: ModelConfig, weights: Weights, name: str) -> RmsNorm:
     weight = weights.take(f"{name}.weight", config.hidden_size, dtype=torch.float32)
     return RmsNorm(weight, config.norm_eps, unit_offset=True)
-
-
-class Layer:
-    """Attention and MLP, each between two norms and added to the residual stream."""
-
-    def __init__(self, config: ModelConfig, weights: Weights, index: int, *, qk_norm: bool) -> None:
-        prefix = f"model.layers.{index}"
-        self.sliding = config.sliding[index]
-        self.before_attention = _norm(config, weights, f"{prefix}.input_layernorm")
-        self._after_attention = _norm(config, weights, f"{prefix}.post_attention_layernorm")
-        self._before_mlp = _norm(config, weights, f"{prefix}.pre_feedforward_layernorm")
-        self._after_mlp = _norm(config, weights, f"{prefix}.post_feedforward_layernorm")
-        self._attention = attention(
-            config,
-            weights,
-            f"{prefix}.self_attn",
-            layer=index,
-            scale=config.query_pre_attn_scalar**-0.5,
-            qkv_bias=config.attention_bias,
-            out_bias=config.attention_bias,
-            qk_norm=qk_norm,
-            unit_offset=True,
-        )
-        self._mlp = gated_mlp(config, weights, f"{prefix}.mlp")
-
-    def __call__(
-        self,
-        x: Tensor,
-        normed: Tensor,
-        following: RmsNorm,
-        angles: Angles,
-        cache: LayerCache,
-        batch: kernels.PagedBatch,
-    ) -> Tensor:
-        """Add to the stream ``x``, in place, what its ``normed`` gives; ``following`` norms it."""
-        attended = self._attention(normed, angles, cache, batch)
-        normed = self._before_mlp.after(x, attended, self._after_attention)
-        return following.after(x, self._mlp(normed), self._after_mlp)
 
 
 class Gemma2:
@@ -72,15 +41,35 @@ class Gemma2:
         shape = (config.vocab_size, config.hidden_size)
         self._embedding = weights.take("model.embed_tokens.weight", *shape)
         # Rounded to the weights' type first: for 640 in bf16 25.25, not 25.298.
-        self._embed_scale = torch.tensor(config.hidden_size**0.5).to(self._embedding)
+        self._embed_scale = float(torch.tensor(config.hidden_size**0.5).to(self._embedding))
         self._rotary = Rotary(config.rope, config, weights.device)
         self._rotary_local = Rotary(config.rope_local, config, weights.device)
-        self._layers = [
-            Layer(config, weights, i, qk_norm=self.qk_norm) for i in range(config.num_layers)
-        ]
+        self._sliding = config.sliding
+        self._layers = [self._layer(config, weights, i) for i in range(config.num_layers)]
         self._norm = _norm(config, weights, "model.norm")
         self._head = head(config, weights, self._embedding)
         self._softcap = config.final_logit_softcapping
+
+    def _layer(self, config: ModelConfig, weights: Weights, index: int) -> ResidualLayer:
+        prefix = f"model.layers.{index}"
+        return ResidualLayer(
+            _norm(config, weights, f"{prefix}.input_layernorm"),
+            attention(
+                config,
+                weights,
+                f"{prefix}.self_attn",
+                layer=index,
+                scale=config.query_pre_attn_scalar**-0.5,
+                qkv_bias=config.attention_bias,
+                out_bias=config.attention_bias,
+                qk_norm=self.qk_norm,
+                unit_offset=True,
+            ),
+            _norm(config, weights, f"{prefix}.pre_feedforward_layernorm"),
+            gated_mlp(config, weights, f"{prefix}.mlp"),
+            after_attention=_norm(config, weights, f"{prefix}.post_attention_layernorm"),
+            after_mlp=_norm(config, weights, f"{prefix}.post_feedforward_layernorm"),
+        )
 
     def forward(
         self,
@@ -89,13 +78,10 @@ class Gemma2:
         caches: list[LayerCache],
         batch: kernels.PagedBatch,
     ) -> Tensor:
-        x = F.embedding(token_ids, self._embedding) * self._embed_scale
-        angles, local = self._rotary(positions), self._rotary_local(positions)
-        normed = self._layers[0].before_attention(x)
-        following = [*(layer.before_attention for layer in self._layers[1:]), self._norm]
-        for layer, norm, cache in zip(self._layers, following, caches, strict=True):
-            normed = layer(x, normed, norm, local if layer.sliding else angles, cache, batch)
-        return normed
+        x = kernels.embedding(token_ids, self._embedding, self._embed_scale)
+        whole, local = self._rotary(positions), self._rotary_local(positions)
+        angles = [local if slides else whole for slides in self._sliding]
+        return through(self._layers, self._norm, x, angles, caches, batch)
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits = self._head(hidden)

@@ -5,7 +5,6 @@ Learned positions, norms with bias, and matrices stored as ``[in, out]``.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 import forebay_kernels as kernels
@@ -68,7 +67,8 @@ class Gpt2:
         caches: list[LayerCache],
         batch: kernels.PagedBatch,
     ) -> Tensor:
-        x = F.embedding(token_ids, self._embedding) + F.embedding(positions, self._positions)
+        x = kernels.embedding(token_ids, self._embedding)
+        x = x + kernels.embedding(positions, self._positions)
         for layer, cache in zip(self._layers, caches, strict=True):
             x = layer(x, None, cache, batch)
         return self._norm(x)

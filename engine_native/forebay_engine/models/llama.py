@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor
 
 import forebay_kernels as kernels
@@ -18,11 +17,12 @@ from forebay_engine.hf_config import ModelConfig
 from forebay_engine.layers import (
     LayerCache,
     Part,
-    PreNormLayer,
+    ResidualLayer,
     RmsNorm,
     attention,
     gated_mlp,
     head,
+    through,
 )
 from forebay_engine.rotary import Rotary
 from forebay_engine.weights import Weights
@@ -44,9 +44,9 @@ class Llama:
         self._norm = _norm(config, weights, "model.norm")
         self._head = head(config, weights, self._embedding)
 
-    def _layer(self, config: ModelConfig, weights: Weights, index: int) -> PreNormLayer:
+    def _layer(self, config: ModelConfig, weights: Weights, index: int) -> ResidualLayer:
         prefix = f"model.layers.{index}"
-        return PreNormLayer(
+        return ResidualLayer(
             _norm(config, weights, f"{prefix}.input_layernorm"),
             attention(
                 config,
@@ -73,11 +73,9 @@ class Llama:
         caches: list[LayerCache],
         batch: kernels.PagedBatch,
     ) -> Tensor:
-        x = F.embedding(token_ids, self._embedding)
-        angles = self._rotary(positions)
-        for layer, cache in zip(self._layers, caches, strict=True):
-            x = layer(x, angles, cache, batch)
-        return self._norm(x)
+        x = kernels.embedding(token_ids, self._embedding)
+        angles = [self._rotary(positions)] * len(self._layers)
+        return through(self._layers, self._norm, x, angles, caches, batch)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._head(hidden)

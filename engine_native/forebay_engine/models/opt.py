@@ -6,7 +6,6 @@ may be narrower than the hidden states.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 import forebay_kernels as kernels
@@ -78,10 +77,10 @@ class Opt:
         caches: list[LayerCache],
         batch: kernels.PagedBatch,
     ) -> Tensor:
-        x = F.embedding(token_ids, self._embedding)
+        x = kernels.embedding(token_ids, self._embedding)
         if self._project_in is not None:
             x = self._project_in(x)
-        x = x + F.embedding(positions + _FIRST_POSITION, self._positions)
+        x = x + kernels.embedding(positions + _FIRST_POSITION, self._positions)
         for layer, cache in zip(self._layers, caches, strict=True):
             x = layer(x, None, cache, batch)
         if self._norm is not None:
