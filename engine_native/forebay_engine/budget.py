@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
+
+from forebay_engine.queues import Entry
+
 #: Of each step, this part is kept for prompts that need no more than it, if there are any; but no
 #: more than half of what decodes leave, so that long prompts get on as well.
 _SHORT_PART = 4
@@ -16,11 +20,17 @@ class StepBudget:
 
     def __init__(self, tokens: int) -> None:
         self.left = tokens
-        self.counts: dict[int, int] = {}
-        self.preempted: set[int] = set()
+        self.counts: dict[Entry, int] = {}
+        self.preempted: set[Entry] = set()
         self._short_most = tokens // _SHORT_PART
         self._short = 0
         self._for_long = tokens
+
+    def decode(self, entries: Items[Entry]) -> None:
+        """Give each one token, before anybody has anything; there are enough."""
+        self.counts = dict.fromkeys(entries, 1)
+        self.left -= len(entries)
+        self._for_long = self.left
 
     def keep_for_short(self) -> None:
         """From now on, keep a part for prompts that need no more than it."""
@@ -35,17 +45,17 @@ class StepBudget:
         """Tokens that a sequence gets of those it wants."""
         return min(wanted, self.left if wanted <= self._short else self._for_long)
 
-    def take(self, sequence_id: int, count: int, wanted: int) -> None:
+    def take(self, entry: Entry, count: int, wanted: int) -> None:
         """Give a sequence ``count`` more tokens of those it wants."""
         if not count:
             return
-        self.counts[sequence_id] = self.counts.get(sequence_id, 0) + count
+        self.counts[entry] = self.counts.get(entry, 0) + count
         self.left -= count
         if wanted > self._short:
             self._for_long -= count
         self._for_long = min(self._for_long, self.left)
 
-    def preempt(self, sequence_id: int) -> None:
+    def preempt(self, entry: Entry) -> None:
         """A sequence has lost its place, and what it was given."""
-        self.left += self.counts.pop(sequence_id, 0)
-        self.preempted.add(sequence_id)
+        self.left += self.counts.pop(entry, 0)
+        self.preempted.add(entry)

@@ -57,7 +57,7 @@ class CacheGroup:
 class Pages:
     """One sequence's place in the cache."""
 
-    __slots__ = ("chain", "published", "root", "tables")
+    __slots__ = ("chain", "end", "published", "root", "tables")
 
     def __init__(self, root: bytes, groups: int) -> None:
         self.root = root
@@ -65,6 +65,8 @@ class Pages:
         self.chain: list[Content] = []
         #: Full pages that have been offered for reuse.
         self.published = 0
+        #: Positions that the tables reach.
+        self.end = 0
         #: Of each group: physical pages in order of position, ``RELEASED`` where given back.
         self.tables: tuple[list[int], ...] = tuple([] for _ in range(groups))
 
@@ -186,16 +188,18 @@ class KVCache:
             pool.hold(found)
             table[:] = found
         pages.published = len(hit[0])
+        pages.end = pages.published * self.block_size
 
     def reserve(self, pages: Pages, end: int, leave: int = 0) -> bool:
         """Pages up to position ``end``, in all groups or in none; ``leave`` stay available."""
-        needed = -(-end // self.block_size) - len(pages.tables[0])
+        needed = -(-(end - pages.end) // self.block_size)
         if needed <= 0:
             return True
         if any(pool.available < needed + leave for pool in self.pools):
             return False
         for table, pool in zip(pages.tables, self.pools, strict=True):
             table.extend(pool.allocate(needed) or ())
+        pages.end += needed * self.block_size
         return True
 
     def advance(self, pages: Pages, tokens: Items[int], computed: int) -> None:
@@ -211,6 +215,8 @@ class KVCache:
                 pool.publish(table[page], content)
             pages.published = page + 1
         for group, table, pool in zip(self.groups, pages.tables, self.pools, strict=True):
+            if group.window is None:
+                continue
             unseen = group.first_page(computed, size) - 1
             for page in range(unseen - 1, -1, -1):
                 if table[page] == RELEASED:
@@ -228,7 +234,7 @@ class KVCache:
                 block = table.pop()
                 if block != RELEASED:
                     pool.release(block)
-        pages.published = 0
+        pages.published = pages.end = 0
 
     def unfilled(self, pages: Pages, computed: int) -> int:
         """Slots of a sequence's pages that hold no token yet, in all groups."""

@@ -22,8 +22,9 @@ from forebay_engine.config import EngineConfig
 from forebay_engine.detokenizer import Detokenizer, StopStrings
 from forebay_engine.errors import RequestRefused, StartRefused
 from forebay_engine.guided import Grammar, Grammars
-from forebay_engine.isolation import Outcome, execute
+from forebay_engine.isolation import Outcome
 from forebay_engine.metrics import Metrics
+from forebay_engine.pipeline import Pipeline
 from forebay_engine.pooling import Pooler, settle_pooling
 from forebay_engine.prompts import PromptEncoder
 from forebay_engine.proposers import settle_speculation
@@ -82,6 +83,7 @@ class Engine:
             max_model_len=self.max_model_len,
             eos_token_ids=runner.eos_token_ids,
             speculation=settle_speculation(config, runner),
+            ahead=runner.takes_unknown if runner.runs_ahead else None,
         )
         self._encoder = PromptEncoder(tokenizer, template, runner.vocab_size, Marks.settled(config))
         self._grammars = Grammars(tokenizer, runner.vocab_size, runner.eos_token_ids)
@@ -152,18 +154,19 @@ class Engine:
 
     async def run(self) -> None:
         """Step for ever. What it raises is a defect, and the end of the engine."""
-        loop = asyncio.get_running_loop()
         with ThreadPoolExecutor(1, "forebay-step") as thread:
+            steps = Pipeline(self._runner, self.scheduler, thread)
             while True:
                 self._expire()
                 plan = self.scheduler.plan()
-                if plan is None:
+                if plan is not None:
+                    self._note_admissions(plan)
+                elif steps.empty:
                     await self._idle()
                     continue
-                self._note_admissions(plan)
-                run = self._runner.execute
-                outcome = await loop.run_in_executor(thread, execute, run, plan)
-                self._apply(plan, outcome)
+                outcome = await steps.advance(plan)
+                if outcome is not None:
+                    self._apply(outcome)
 
     def _expire(self) -> None:
         for sequence in self.scheduler.expire(time.monotonic()):
@@ -174,7 +177,7 @@ class Engine:
                 message = f"the request's {time_given:g} s were over after {tokens} tokens"
                 self._fail(request, "deadline", message, FinishReason.DEADLINE)
 
-    def _apply(self, plan: StepPlan, outcome: Outcome) -> None:
+    def _apply(self, outcome: Outcome) -> None:
         """Pass on what a step came to.
 
         :raises RuntimeError: several steps in a row came to nothing.
@@ -196,8 +199,7 @@ class Engine:
             if choice is not None:
                 self._advance_or_fail(choice, drawn)
         self._pooler.take(outcome.result.pooled)
-        nothing = len(outcome.failed) == len(plan.rows)
-        self._failed_steps = self._failed_steps + 1 if nothing else 0
+        self._failed_steps = self._failed_steps + 1 if outcome.nothing else 0
         if self._failed_steps == _MOST_FAILED_STEPS:
             last = next(iter(outcome.failed.values()))
             raise RuntimeError(f"{self._failed_steps} steps in a row failed") from last
@@ -293,6 +295,8 @@ class Engine:
     def _note_admissions(self, plan: StepPlan) -> None:
         now = time.monotonic()
         for row in plan.rows:
+            if row.start >= row.num_prompt:
+                continue
             choice = self._choices.get(row.seq_id)
             if choice is not None and choice.request.admitted is None:
                 choice.request.admitted = now

@@ -128,4 +128,7 @@ class Sequence:
             return False
         if self.guide is not None and not self.guide.may_end:
             return False
-        return token_id in self.sampling.ends(eos_token_ids)
+        sampling = self.sampling
+        if token_id in sampling.stop_token_ids:
+            return True
+        return token_id in eos_token_ids and not sampling.ignore_eos

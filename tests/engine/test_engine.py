@@ -40,6 +40,7 @@ class Playback:
     eos_token_ids = frozenset({EOS})
     step_costs = StepCosts((1,), (1.0,))
     draft_costs = None
+    runs_ahead = False
 
     def __init__(self, text: str, num_blocks: int = 64) -> None:
         self.cache_groups = (CacheGroup(num_blocks),)

@@ -1,10 +1,13 @@
-"""What goes wrong in one request stays with it; what goes wrong for all ends the engine."""
+"""What goes wrong in one request stays with it; what goes wrong for all ends the engine.
+
+Whether each step waits for the one before, or runs ahead of its result.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,7 @@ from forebay_engine.sequence import SamplingParams
 from forebay_engine.step import Pooled, Row, Sampled, StepPlan, StepResult
 from forebay_engine.tokenizer import Tokenizer
 from forebay_engine.wire import Done, Embed, Event, Failed, Generate, Output
+from late_runner import LateRunner
 
 MODEL = Path(__file__).parents[1] / "fakes" / "engine_model"
 TOKENIZER = Tokenizer.from_folder(MODEL)
@@ -37,7 +41,8 @@ class Fragile:
     cache_groups = (CacheGroup(64),)
     generates = True
     step_costs = StepCosts((1,), (1.0,))
-    generates = True
+    draft_costs = None
+    runs_ahead = False
 
     def __init__(self) -> None:
         self.broken = False
@@ -75,18 +80,28 @@ class Client:
         return sum(len(event.token_ids) for event in self.events if isinstance(event, Output))
 
 
-@asynccontextmanager
-async def started(
-    runner: Fragile, sequences: int = 8, pooling: str = "auto"
-) -> AsyncIterator[tuple[Engine, asyncio.Task[None]]]:
-    config = EngineConfig(model=str(MODEL), max_sequences=sequences, pooling=pooling)
-    engine = Engine(runner, TOKENIZER, None, config)
-    task = asyncio.create_task(engine.run())
-    try:
-        yield engine, task
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+Start = Callable[..., AbstractAsyncContextManager[tuple[Engine, asyncio.Task[None]]]]
+
+
+@pytest.fixture(params=[False, True], ids=["in-turn", "ahead"])
+def started(request: pytest.FixtureRequest) -> Start:
+    """An engine around a runner, and its task."""
+
+    @asynccontextmanager
+    async def start(
+        runner: Fragile, sequences: int = 8, pooling: str = "auto"
+    ) -> AsyncIterator[tuple[Engine, asyncio.Task[None]]]:
+        config = EngineConfig(model=str(MODEL), max_sequences=sequences, pooling=pooling)
+        chosen = LateRunner(runner) if request.param else runner
+        engine = Engine(chosen, TOKENIZER, None, config)
+        task = asyncio.create_task(engine.run())
+        try:
+            yield engine, task
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    return start
 
 
 async def ask(engine: Engine, *tokens: int, n: int = 1, **asked: object) -> Client:
@@ -97,7 +112,7 @@ async def ask(engine: Engine, *tokens: int, n: int = 1, **asked: object) -> Clie
     return client
 
 
-async def test_a_request_that_cannot_be_computed_fails_alone() -> None:
+async def test_a_request_that_cannot_be_computed_fails_alone(started: Start) -> None:
     async with started(Fragile()) as (engine, _):
         clients = [await ask(engine, number, FINE) for number in range(5)]
         poisoned = await ask(engine, 9, POISON, n=2)
@@ -113,7 +128,7 @@ async def test_a_request_that_cannot_be_computed_fails_alone() -> None:
         assert engine.scheduler.cache.in_use == 0
 
 
-async def test_an_input_that_cannot_be_embedded_fails_with_those_beside_it() -> None:
+async def test_an_input_that_cannot_be_embedded_fails_with_those_beside_it(started: Start) -> None:
     async with started(Fragile(), pooling="last") as (engine, _):
         answered = await ask(engine, 5, FINE)
         good = asyncio.create_task(engine.embed(Embed(inputs=[[7, 8]])))
@@ -147,7 +162,7 @@ def test_halving_finds_what_fails_and_keeps_the_order() -> None:
     assert tried == [7, 3, 1, 2, 1, 1, 4, 2, 1, 1, 2]
 
 
-async def test_the_engine_ends_when_three_steps_in_a_row_come_to_nothing() -> None:
+async def test_the_engine_ends_when_three_steps_in_a_row_come_to_nothing(started: Start) -> None:
     runner = Fragile()
     async with started(runner) as (engine, task):
         for _ in range(2):
@@ -168,6 +183,7 @@ async def test_the_engine_ends_when_three_steps_in_a_row_come_to_nothing() -> No
 
 
 async def test_tokens_that_cannot_be_passed_on_fail_their_request_alone(
+    started: Start,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with started(Fragile()) as (engine, _):
@@ -181,7 +197,7 @@ async def test_tokens_that_cannot_be_passed_on_fail_their_request_alone(
         assert "could not pass this on: division by zero" in bad.last.message
 
 
-async def test_a_request_whose_time_is_over_fails_and_frees_its_pages() -> None:
+async def test_a_request_whose_time_is_over_fails_and_frees_its_pages(started: Start) -> None:
     async with started(Fragile(), sequences=1) as (engine, _):
         patient = await ask(engine, 5, FINE, timeout=3600.0)
         late = await ask(engine, 6, FINE, n=2, timeout=0.0)
@@ -214,6 +230,7 @@ async def test_a_smaller_priority_runs_earlier() -> None:
 
 
 async def test_books_that_disagree_end_the_engine_when_it_is_quiet(
+    started: Start,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(engine_module, "_QUIET", 0.01)

@@ -1,31 +1,47 @@
 """The scheduler as a state machine: requests come, go, fail and are aborted at any point.
 
-Every row's attention is checked by the shadow runner, every book by the scheduler's own check.
+Every row's attention is checked by the shadow runner, every book by the scheduler's own check. Half
+of the time it runs ahead of a runner that writes nothing before it is asked for the result.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections import deque
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from forebay_engine.blocks import RELEASED
-from forebay_engine.scheduler import _Entry
+from forebay_engine.queues import Entry
 from forebay_engine.sequence import FinishReason, SamplingParams, Sequence
-from forebay_engine.step import StepPlan, StepResult
+from forebay_engine.step import Row, StepResult
+from late_runner import Late, LateRunner, copied
 from shadow_runner import ShadowRunner, expected, finish, guessing, make_scheduler
 
 prompts = st.lists(st.integers(0, 2), min_size=1, max_size=9)
 samplings = st.builds(
     SamplingParams,
-    max_tokens=st.integers(1, 7),
+    max_tokens=st.sampled_from([1, 2, 5, 7, 7]),
     min_tokens=st.integers(0, 3),
     ignore_eos=st.booleans(),
+    stop_token_ids=st.sampled_from([(), (3, 5, 7)]),
+    # Of such the next token can't be drawn behind an unknown one.
+    bad_words=st.sampled_from([()] * 4 + [((99,),)]),
 )
 #: Of the groups of layers: all see everything, all slide, or both; down to one position seen.
 windows = st.sampled_from([(None,), (3,), (None, 1), (None, 4), (None, 7)])
+
+
+class Form:
+    """Allows everything, but has to be told each token."""
+
+    may_end = True
+    failure = None
+
+    def take(self, token_id: int) -> bool:
+        return False
 
 
 class Serving(RuleBasedStateMachine):
@@ -38,7 +54,7 @@ class Serving(RuleBasedStateMachine):
         sequences=st.integers(1, 5),
         prefix_cache=st.booleans(),
         windows=windows,
-        speculation=st.sampled_from(["none", "ngram", "draft"]),
+        mode=st.sampled_from(["none", "ngram", "draft", "ahead", "ahead", "ahead"]),
         guesses=st.integers(1, 5),
         seed=st.integers(0, 99),
     )
@@ -50,10 +66,12 @@ class Serving(RuleBasedStateMachine):
         sequences: int,
         prefix_cache: bool,
         windows: tuple[int | None, ...],
-        speculation: str,
+        mode: str,
         guesses: int,
         seed: int,
     ) -> None:
+        shadow = ShadowRunner(block_size, windows, seed if mode == "draft" else None)
+        self.shadow, self.runner = shadow, LateRunner(shadow)
         self.scheduler = make_scheduler(
             blocks=blocks,
             block_size=block_size,
@@ -61,16 +79,17 @@ class Serving(RuleBasedStateMachine):
             sequences=sequences,
             prefix_cache=prefix_cache,
             windows=windows,
-            speculation=guessing(speculation, guesses, block_size, seed),
+            speculation=guessing(mode, guesses, block_size, seed),
+            ahead=self.runner.takes_unknown if mode == "ahead" else None,
         )
         self.guesses = guesses
         self.budget, self.limit = budget, sequences
-        self.runner = ShadowRunner(block_size, windows, seed if speculation == "draft" else None)
         self.alive: dict[int, Sequence] = {}
         self.ended: set[int] = set()
         self.now = 0.0
         self.next_id = 0
-        self.flying: tuple[StepPlan, list[tuple[tuple[int, ...], ...]]] | None = None
+        #: The steps under way: as launched, and what comes of them.
+        self.flying: deque[tuple[list[Row], Late]] = deque()
         self.first: tuple[int, int] = (-1, 0)
 
     @rule(
@@ -79,6 +98,7 @@ class Serving(RuleBasedStateMachine):
         n=st.integers(1, 3),
         priority=st.integers(-2, 2),
         seconds=st.none() | st.integers(1, 60),
+        guided=st.sampled_from([False] * 5 + [True]),
     )
     def add(
         self,
@@ -87,12 +107,15 @@ class Serving(RuleBasedStateMachine):
         n: int,
         priority: int,
         seconds: int | None,
+        guided: bool,
     ) -> None:
         deadline = None if seconds is None else self.now + seconds
         choices = [
             Sequence(self.next_id + i, prompt, sampling, priority, self.now, deadline)
             for i in range(n)
         ]
+        for choice in choices:
+            choice.guide = Form() if guided else None  # type: ignore[assignment] # its masks are not asked for
         self.next_id += n
         self.scheduler.add(*choices)
         self.alive |= {choice.id: choice for choice in choices}
@@ -115,68 +138,96 @@ class Serving(RuleBasedStateMachine):
     def end(self, id: int, reason: FinishReason) -> None:
         self.ended.add(id)
         assert self.alive.pop(id).finish_reason is reason
-        flying = self.flying and id in {row.seq_id for row in self.flying[0].rows}
-        assert flying or id not in self.scheduler._entries
+        assert self.is_flying(id) or id not in self.scheduler._queues.entries
 
-    @precondition(lambda self: self.flying is None)
+    def is_flying(self, id: int) -> bool:
+        return any(row.seq_id == id for rows, _ in self.flying for row in rows)
+
+    def has_to_wait(self, id: int) -> bool:
+        """Nothing can be planned for it before it is known which token is drawn for it."""
+        sequence = self.alive[id]
+        drawing = any(row.seq_id == id and row.sample for rows, _ in self.flying for row in rows)
+        told = sequence.guide is not None or bool(sequence.sampling.bad_words)
+        return drawing and (told or sequence.num_output + 1 == sequence.sampling.max_tokens)
+
+    @precondition(lambda self: len(self.flying) < self.scheduler.most_in_flight)
     @rule()
     def plan(self) -> None:
-        before = {entry.sequence.id for entry in self.scheduler._running}
-        held_back = {e.sequence.id for e in self.scheduler._waiting if self.is_held_back(e)}
+        before = {entry.sequence.id for entry in self.scheduler._queues.running}
+        held_back = {e.sequence.id for e in self.scheduler._queues.waiting if self.is_held_back(e)}
+        waiting = {id for id in self.alive if self.has_to_wait(id)}
+        lost = self.scheduler.counters.preempted
         plan = self.scheduler.plan()
-        assert (plan is not None) == bool(self.alive)
+        if not self.flying:
+            assert (plan is not None) == bool(self.alive)
+        # Nobody loses pages that are being written.
+        assert not self.flying or lost == self.scheduler.counters.preempted
         if plan is None:
             return
+        assert not waiting & {row.seq_id for row in plan.rows}
         counts = [row.count for row in plan.rows]
         assert sum(counts) == plan.num_tokens <= self.budget
         assert len(counts) <= self.limit
         assert min(counts) >= 1
         assert sorted(counts, key=lambda count: count > 1) == counts
         # The first in rank of those who ran is in the step: that is the progress guarantee.
-        ran = [e.sequence.id for e in self.scheduler._running if e.sequence.id in before]
+        ran = [e.sequence.id for e in self.scheduler._queues.running if e.sequence.id in before]
+        ran = [id for id in ran if id not in waiting]
         assert set(ran[:1]) <= {row.seq_id for row in plan.rows}
         for row in plan.rows:
-            known = len(row.token_ids)
+            known = len(row.token_ids) + row.unknown
+            assert row.unknown <= len(self.flying)
             assert row.sample == (row.start + row.count - len(row.draft) == known)
             # Guesses end before the answer does: one token is drawn behind them.
             assert known + len(row.draft) < row.num_prompt + row.sampling.max_tokens
         self.nobody_was_passed_over(before, held_back)
-        self.flying = plan, [tuple(map(tuple, row.block_tables)) for row in plan.rows]
+        self.flying.append(([copied(row) for row in plan.rows], self.runner.launch(plan)))
 
-    def is_held_back(self, entry: _Entry) -> bool:
+    def is_held_back(self, entry: Entry) -> bool:
         """A running prompt has yet to compute what this one shares with it."""
         hit = self.scheduler.cache.match(entry.pages, entry.sequence.token_ids[:-1])
-        return self.scheduler._computed_soon(entry, len(hit[0]))
+        return self.scheduler._planner.computed_soon(entry, len(hit[0]))
 
     def nobody_was_passed_over(self, before: set[int], held_back: set[int]) -> None:
         """Of those let in now, none is behind one that waits, unless for a page being computed.
 
         Whoever is let in may take the pages that one who was held back would have found.
         """
-        let_in = [e.rank for e in self.scheduler._running if e.sequence.id not in before]
-        for entry in self.scheduler._waiting:
+        let_in = [e.rank for e in self.scheduler._queues.running if e.sequence.id not in before]
+        for entry in self.scheduler._queues.waiting:
             id = entry.sequence.id
             if let_in and entry.rank < max(let_in) and id not in before | held_back:
                 assert self.is_held_back(entry)
 
-    @precondition(lambda self: self.flying is not None)
+    @precondition(lambda self: self.flying)
     @rule(data=st.data())
     def apply(self, data: st.DataObject) -> None:
-        """Take the result; now and then some rows could not be executed."""
-        assert self.flying is not None
-        ids = [row.seq_id for row in self.flying[0].rows]
-        chance = st.sampled_from([False] * 9 + [True])
-        failed = data.draw(st.lists(st.sampled_from(ids), unique=True)) if data.draw(chance) else []
-        self.finish_step(failed)
+        """Take the result; now and then the step fails, and some rows again."""
+        ids = [row.seq_id for row in self.flying[0][0]]
+        fails = data.draw(st.sampled_from([False] * 9 + [True]))
+        failed = data.draw(st.lists(st.sampled_from(ids), unique=True)) if fails else []
+        self.finish_step(fails, failed)
 
-    def finish_step(self, failed: list[int]) -> None:
-        assert self.flying is not None
-        plan, tables = self.flying
-        self.flying = None
-        # What happened since the plan has not moved a page under the step.
-        assert [tuple(map(tuple, row.block_tables)) for row in plan.rows] == tables
-        result = self.runner.execute(plan)
-        kept = StepResult(tuple(item for item in result.sampled if item.seq_id not in failed))
+    @precondition(lambda self: self.flying)
+    @rule()
+    def go_on(self) -> None:
+        """As the engine does it: one result after the other, and always the next step launched."""
+        for _ in range(2):
+            if len(self.flying) < self.scheduler.most_in_flight:
+                self.plan()
+        self.finish_step(False, [])
+        if len(self.flying) < self.scheduler.most_in_flight:
+            self.plan()
+
+    def finish_step(self, fails: bool, failed: list[int]) -> None:
+        rows, late = self.flying.popleft()
+        result = self.again(rows) if fails else late.result()
+        there = {row.seq_id for row in rows} & self.scheduler._queues.entries.keys()
+        failed = [id for id in failed if id in there]
+        kept = StepResult(
+            tuple(item for item in result.sampled if item.seq_id not in failed),
+            guessed=result.guessed,
+        )
         progress = self.scheduler.apply(kept, failed)
         for id in set(failed) & self.alive.keys():
             self.end(id, FinishReason.ERROR)
@@ -186,13 +237,41 @@ class Serving(RuleBasedStateMachine):
             if sequence.finish_reason is not None:
                 self.finished(self.alive.pop(sequence.id))
 
+    def again(self, rows: list[Row]) -> StepResult:
+        """As :class:`~forebay_engine.pipeline.Pipeline` does it."""
+        self.shadow.spoil(rows)
+        while self.flying:
+            behind, _ = self.flying.pop()
+            self.shadow.spoil(behind)
+            self.scheduler.discard()
+        again = self.scheduler.retry()
+        assert all(row.unknown == 0 and row.seq_id in self.alive for row in again.rows)
+        return self.runner.execute(again)
+
     def finished(self, sequence: Sequence) -> None:
         assert sequence.token_ids == expected(sequence.prompt_ids, sequence.sampling)
-        assert sequence.id not in self.scheduler._entries
+        assert self.is_flying(sequence.id) or sequence.id not in self.scheduler._queues.entries
 
     @invariant()
     def books_agree(self) -> None:
         self.scheduler.check()
+
+    @invariant()
+    def a_launched_step_keeps_its_pages(self) -> None:
+        """Nobody else has one that it will write or read, and none has moved."""
+        cache, entries = self.scheduler.cache, self.scheduler._queues.entries
+        for row in (row for rows, _ in self.flying for row in rows):
+            live = entries[row.seq_id].pages.tables
+            for group, launched, table, pool in zip(
+                cache.groups, row.block_tables, live, cache.pools, strict=True
+            ):
+                size = cache.block_size
+                end = -(-(row.start + row.count) // size)
+                seen = slice(group.first_page(row.start, size), end)
+                assert launched[seen] == table[seen]
+                written = launched[row.start // size : end]
+                assert all(pool._holders[block] == 1 for block in written)
+                assert not pool._content.keys() & set(written)
 
     @invariant()
     def what_is_published_is_what_was_written(self) -> None:
@@ -206,15 +285,15 @@ class Serving(RuleBasedStateMachine):
     @invariant()
     def windows_hold_no_more_than_they_see(self) -> None:
         cache = self.scheduler.cache
-        for entry in self.scheduler._running:
+        for entry in self.scheduler._queues.running:
             for group, table in zip(cache.groups, entry.pages.tables, strict=True):
                 held = len(table) - table.count(RELEASED)
-                tokens = len(entry.sequence.token_ids) + 2 * self.guesses
+                tokens = entry.total + 2 * self.guesses
                 assert held <= group.most_pages(tokens, self.budget, cache.block_size)
 
     @invariant()
     def the_first_never_loses_what_it_has(self) -> None:
-        running = self.scheduler._running
+        running = self.scheduler._queues.running
         if running:
             first = running[0].sequence
             assert first.id != self.first[0] or first.num_computed >= self.first[1]
@@ -224,11 +303,12 @@ class Serving(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         for _ in range(3000):
-            if self.flying is not None:
-                self.finish_step([])
-            if not self.alive:
+            if len(self.flying) < self.scheduler.most_in_flight and self.alive:
+                self.plan()
+            if self.flying:
+                self.finish_step(False, [])
+            elif not self.alive:
                 break
-            self.plan()
         assert self.scheduler.plan() is None
         self.scheduler.check()
         assert self.scheduler.cache.in_use == 0

@@ -31,6 +31,7 @@ class EchoRunner:
     eos_token_ids = frozenset({EOS})
     step_costs = StepCosts((1,), (1.0,))
     draft_costs = None
+    runs_ahead = False
 
     def __init__(self, config: EngineConfig, progress: Callable[[float], None]) -> None:
         self.block_size = config.block_size

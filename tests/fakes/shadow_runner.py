@@ -8,7 +8,7 @@ happens to its neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from random import Random
 
@@ -38,7 +38,7 @@ def expected(prompt: list[int], sampling: SamplingParams) -> list[int]:
     while answer < sampling.max_tokens:
         tokens.append(drawn(tuple(tokens)))
         answer += 1
-        if tokens[-1] == EOS and not sampling.ignore_eos and answer >= sampling.min_tokens:
+        if answer >= sampling.min_tokens and tokens[-1] in sampling.ends(frozenset({EOS})):
             break
     return tokens
 
@@ -59,6 +59,11 @@ class ShadowRunner:
         #: The draft model's.
         self.drafted: Slots = {}
         self._chance = Random(seed) if seed is not None else None
+
+    def spoil(self, rows: Items[Row]) -> None:
+        """Leave what a step may have written that failed."""
+        for row in rows:
+            self._compute(self.slots, row, [-7] * (row.start + row.count), row.start, row.count)
 
     def execute(self, plan: StepPlan) -> StepResult:
         # All writes of a step happen before any read is trusted, as on a device.
@@ -128,6 +133,7 @@ def make_scheduler(
     prefix_cache: bool = True,
     windows: Items[int | None] = (None,),
     speculation: Speculation | None = None,
+    ahead: Callable[[SamplingParams], bool] | None = None,
 ) -> Scheduler:
     groups = [CacheGroup(blocks, window) for window in windows]
     return Scheduler(
@@ -137,6 +143,7 @@ def make_scheduler(
         max_model_len=model_len,
         eos_token_ids=frozenset({EOS}),
         speculation=speculation,
+        ahead=ahead,
     )
 
 
