@@ -14,8 +14,10 @@ from forebay_kernels.dispatch import (
     rms_norm,
     rope,
     rotary_angles,
+    scatter,
     select_rms_norm,
     silu_mul,
+    step_inputs,
 )
 
 __all__ = [
@@ -30,6 +32,8 @@ __all__ = [
     "rms_norm",
     "rope",
     "rotary_angles",
+    "scatter",
     "select_rms_norm",
     "silu_mul",
+    "step_inputs",
 ]

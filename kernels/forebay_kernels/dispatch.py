@@ -213,6 +213,51 @@ def paged_attention(
     return out
 
 
+def step_inputs(
+    places: Tensor,  # [rows] int32
+    starts: Tensor,  # [rows] int32
+    query_starts: Tensor,  # [rows + 1] int32
+    tokens: Tensor,  # [tokens] int32
+    last: Tensor,  # [places] int32
+    tables: Tensor,  # [places, groups, pages] int32
+    block_size: int,
+    *,
+    token_ids: Tensor,  # [tokens] int64
+    positions: Tensor,  # [tokens] int64
+    lengths: Tensor,  # [rows] int32
+    block_tables: Tensor,  # [groups, rows, pages] int32
+    slots: Tensor,  # [groups, tokens] int64
+) -> None:
+    """What a step's model runs on, from a few words a row; see ``reference.step_inputs``."""
+    compute = reference.step_inputs
+    if has_triton(places):
+        from forebay_kernels.gpu.step_inputs import step_inputs as compute
+    compute(
+        places,
+        starts,
+        query_starts,
+        tokens,
+        last,
+        tables,
+        block_size,
+        token_ids=token_ids,
+        positions=positions,
+        lengths=lengths,
+        block_tables=block_tables,
+        slots=slots,
+    )
+
+
+def scatter(table: Tensor, at: Tensor, words: Tensor) -> None:
+    """``table[at] = words``, all int32; no place twice."""
+    if has_triton(table):
+        from forebay_kernels.gpu.step_inputs import scatter as compute
+
+        compute(table, at, words)
+    else:
+        reference.scatter(table, at, words)
+
+
 def has_triton(x: Tensor) -> bool:
     """Whether Triton's kernels compile for the device of ``x``."""
     return x.is_cuda

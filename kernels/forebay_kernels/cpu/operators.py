@@ -131,7 +131,7 @@ def paged_attention(
     kv_heads, pages, block_size, _ = keys.shape
     rows = batch.memo.get("cpu")
     if rows is None:
-        rows = torch.tensor(batch.query_starts), torch.tensor(batch.seq_lens)
+        rows = torch.tensor(batch.query_starts), batch.lengths.long()
         batch.memo["cpu"] = rows
     starts, lengths = rows
     out = torch.empty((tokens, heads, dim), dtype=query.dtype)

@@ -28,6 +28,7 @@ from forebay_kernels.reference.layers import (
     select_rms_norm,
     silu_mul,
 )
+from forebay_kernels.reference.step_inputs import scatter, step_inputs
 
 __all__ = [
     "add_rms_norm",
@@ -42,8 +43,10 @@ __all__ = [
     "rms_norm_fp8",
     "rope",
     "rotary_angles",
+    "scatter",
     "select_rms_norm",
     "silu_mul",
     "silu_mul_fp8",
+    "step_inputs",
     "visible",
 ]
