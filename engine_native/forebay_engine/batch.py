@@ -36,7 +36,7 @@ def build_batch(
     """
     rows = plan.rows
     for row in rows:
-        _check(row, block_size)
+        check_row(row, block_size)
     num_decodes = next((i for i, row in enumerate(rows) if row.count != 1), len(rows))
     tokens = [token for row in rows for token in _tokens(row)]
     positions = [p for row in rows for p in range(row.start, row.start + row.count)]
@@ -107,10 +107,14 @@ def pool(hidden: Tensor, rows: Items[Row]) -> tuple[Pooled, ...]:
     return tuple(found)
 
 
-def _check(row: Row, block_size: int) -> None:
-    end, there = row.start + row.count, len(row.token_ids) + len(row.draft)
+def check_row(row: Row, block_size: int) -> None:
+    """:raises ValueError: the row contradicts itself."""
+    end = row.start + row.count
+    there = len(row.token_ids) + len(row.draft) + row.unknown
     if row.count < 1 or end > there:
         raise ValueError(f"sequence {row.seq_id}: tokens {row.start}..{end} of {there} planned")
+    if row.unknown and (row.count != 1 or row.draft or row.guide is not None):
+        raise ValueError(f"sequence {row.seq_id}: an unknown token must be all that it runs")
     if row.draft and (not row.sample or row.count <= len(row.draft)):
         raise ValueError(f"sequence {row.seq_id}: guesses do not follow its last token")
     for table in row.block_tables:

@@ -15,13 +15,19 @@ _WINDOWS = 4
 
 
 def cache_groups(
-    config: EngineConfig, shape: ModelShape, itemsize: int, draft: ModelShape | None = None
+    config: EngineConfig,
+    shape: ModelShape,
+    itemsize: int,
+    draft: ModelShape | None = None,
+    *,
+    kv_bytes: int,
 ) -> tuple[CacheGroup, ...]:
     """The groups of layers by window, those that see everything first, and their pages.
 
     :param itemsize: bytes of a number in the cache.
     :param draft: a draft model, whose layers use the same pages.
-    :raises ModelError: ``kv_cache_bytes`` does not hold a page of each.
+    :param kv_bytes: of all pages together, unless ``num_blocks`` says how many there are.
+    :raises ModelError: they do not hold a page of each.
     """
     sliding = sum(shape.sliding)
     layers: dict[int | None, int] = {None: shape.num_layers - sliding}
@@ -36,16 +42,16 @@ def cache_groups(
         slot = 2 * draft.num_kv_heads * draft.head_dim * itemsize
         for window in layer_windows(draft):
             pages[_number(windows, window)] += slot * config.block_size
-    even = config.kv_cache_bytes // sum(pages)
+    even = kv_bytes // sum(pages)
     if even < 1:
         raise ModelError(
-            f"kv_cache_bytes: {config.kv_cache_bytes} hold no page of {config.block_size} tokens "
+            f"kv_cache_bytes: {kv_bytes} hold no page of {config.block_size} tokens "
             f"({sum(pages) // config.block_size} bytes each); give more"
         )
     if len(windows) == 1:
         return (CacheGroup(even, windows[0]),)
-    few = _window_pages(config, shape, pages, even)
-    rest = (config.kv_cache_bytes - few * pages[1]) // pages[0]
+    few = _window_pages(config, shape, pages, even, kv_bytes)
+    rest = (kv_bytes - few * pages[1]) // pages[0]
     return CacheGroup(rest), CacheGroup(few, windows[1])
 
 
@@ -74,7 +80,9 @@ def _number(windows: Items[int | None], window: int | None) -> int:
     )
 
 
-def _window_pages(config: EngineConfig, shape: ModelShape, pages: list[int], even: int) -> int:
+def _window_pages(
+    config: EngineConfig, shape: ModelShape, pages: list[int], even: int, kv_bytes: int
+) -> int:
     """Pages of the group with a window.
 
     :param pages: bytes of a page of each group.
@@ -83,6 +91,6 @@ def _window_pages(config: EngineConfig, shape: ModelShape, pages: list[int], eve
     size, window = config.block_size, shape.sliding_window or 1
     longest = config.max_model_len or shape.max_position_embeddings
     length = max(window, min(_WINDOWS * window, longest))
-    shared = config.kv_cache_bytes * window // (length * pages[0] + window * pages[1])
+    shared = kv_bytes * window // (length * pages[0] + window * pages[1])
     least = CacheGroup(even, window).most_pages(longest, config.max_step_tokens, size)
     return min(max(shared, least), even)

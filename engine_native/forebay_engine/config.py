@@ -9,7 +9,9 @@ from dataclasses import dataclass
 class EngineConfig:
     #: Folder with config.json, safetensors and tokenizer, or a GGUF file.
     model: str
-    #: ``auto``: as stored; else ``float32`` or ``bfloat16``.
+    #: Where the model is computed: ``cpu``, ``cuda``, or ``auto``: on a GPU where there is one.
+    device: str = "auto"
+    #: ``auto``: as stored; else ``float32``, ``bfloat16``, or on a GPU ``float16``.
     dtype: str = "auto"
     #: Of weights that are stored plainly: ``none``, ``int8``, ``int4`` or
     #: ``fp8``.
@@ -21,7 +23,12 @@ class EngineConfig:
     block_size: int = 32
     #: Pages; 0: as many as ``kv_cache_bytes`` holds.
     num_blocks: int = 0
-    kv_cache_bytes: int = 512 << 20
+    #: 0: 512 MiB on a processor; on a GPU what ``gpu_memory_share`` leaves.
+    kv_cache_bytes: int = 0
+    #: Of keys and values: ``auto``: the weights' type, or ``fp8`` (e4m3).
+    kv_cache_dtype: str = "auto"
+    #: Of a GPU's memory, what the engine may take in all if it chooses the size of the KV cache.
+    gpu_memory_share: float = 0.9
     #: Most tokens in one step, prompt chunks and decodes together.
     max_step_tokens: int = 512
     #: Most sequences in one step.

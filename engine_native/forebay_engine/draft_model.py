@@ -77,6 +77,7 @@ class DraftModel:
         groups: Items[CacheGroup],
         *,
         dtype: torch.dtype,
+        kv_dtype: torch.dtype,
         device: torch.device,
         eos_token_ids: frozenset[int],
     ) -> None:
@@ -97,18 +98,15 @@ class DraftModel:
         self._groups = [group_of(groups, window) for window in self._windows]
         self._pages = [groups[group] for group in self._groups]
         self._caches = [
-            LayerCache(
-                *(
-                    torch.zeros(
-                        shape.num_kv_heads,
-                        groups[group_of(groups, window)].num_blocks,
-                        config.block_size,
-                        shape.head_dim,
-                        dtype=dtype,
-                        device=device,
-                    )
-                    for _ in range(2)
-                )
+            LayerCache.empty(
+                (
+                    shape.num_kv_heads,
+                    groups[group_of(groups, window)].num_blocks,
+                    config.block_size,
+                    shape.head_dim,
+                ),
+                kv_dtype,
+                device,
             )
             for window in windows
         ]

@@ -64,12 +64,33 @@ def layer_norm(config: ModelConfig, weights: Weights, name: str) -> LayerNorm:
     return LayerNorm(weight, bias, config.norm_eps)
 
 
+#: Of keys and of values: what a stored number is multiplied with, one for each KV head.
+Scales = tuple[Tensor, Tensor]  # [kv_heads] float32 each
+
+
 @dataclass(frozen=True, slots=True)
 class LayerCache:
     """One layer's keys and values, paged."""
 
     keys: Tensor  # [kv_heads, pages, block_size, head_dim]
     values: Tensor  # [kv_heads, pages, block_size, head_dim]
+    #: Of FP8: what a stored number is multiplied with.
+    key_scale: Tensor | None = None  # [kv_heads] float32
+    value_scale: Tensor | None = None  # [kv_heads] float32
+
+    @classmethod
+    def empty(
+        cls,
+        size: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        scales: Scales | None = None,
+    ) -> LayerCache:
+        """Pages without tokens; ``scales`` are for FP8, and None there is 1."""
+        keys, values = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
+        if dtype != torch.float8_e4m3fn:
+            return cls(keys, values)
+        return cls(keys, values, *(scales or torch.ones(2, size[0], device=device)))
 
 
 class Attention:

@@ -17,6 +17,8 @@ from typing import Any
 from forebay_engine.config import EngineConfig
 from forebay_engine.errors import StartRefused
 
+#: Of the KV cache on a processor, unless something else is asked.
+KV_BYTES = 512 << 20
 #: Interpreter and libraries, about; measured with torch 2.13 on CPU.
 _PROGRAM_BYTES = 400 << 20
 #: Bytes of an element as stored, by safetensors' names of types: those that take the model's type,
@@ -39,19 +41,22 @@ def refuse_what_does_not_fit(config: EngineConfig, available: int | None = None)
     available = available_bytes() if available is None else available
     if available is None:
         return
-    weights = sum(
-        weight_bytes(Path(folder), config.dtype, config.quantization)
-        for folder in (config.model, config.draft_model)
-        if folder is not None
-    )
-    needed = weights + config.kv_cache_bytes + _PROGRAM_BYTES
+    weights = all_weight_bytes(config)
+    cache = config.kv_cache_bytes or KV_BYTES
+    needed = weights + cache + _PROGRAM_BYTES
     if needed > available:
         raise StartRefused(
-            f"{config.model} does not fit into memory: {_mib(weights)} of weights + "
-            f"{_mib(config.kv_cache_bytes)} of KV cache + {_mib(_PROGRAM_BYTES)} for the program = "
-            f"{_mib(needed)}, but {_mib(available)} are available; "
+            f"{config.model} does not fit into memory: {mib(weights)} of weights + "
+            f"{mib(cache)} of KV cache + {mib(_PROGRAM_BYTES)} for the program = "
+            f"{mib(needed)}, but {mib(available)} are available; "
             "lower kv_cache_bytes, or choose a smaller model or dtype, or quantization: int8"
         )
+
+
+def all_weight_bytes(config: EngineConfig) -> int:
+    """Of the model, and of the draft model if there is one."""
+    folders = [folder for folder in (config.model, config.draft_model) if folder is not None]
+    return sum(weight_bytes(Path(f), config.dtype, config.quantization) for f in folders)
 
 
 def weight_bytes(folder: Path, dtype: str, quantization: str = "none") -> int:
@@ -141,5 +146,5 @@ def _quantized_bytes(kind: str, values: int, dtype: str) -> int:
     return stored * (4 if kind == "I8" else 8) if dtype == "float32" else stored
 
 
-def _mib(amount: int) -> str:
+def mib(amount: int) -> str:
     return f"{amount / (1 << 20):,.0f} MiB"

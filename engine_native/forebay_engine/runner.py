@@ -6,33 +6,24 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from collections.abc import Sequence as Items
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from forebay_engine.batch import build_batch, pool
-from forebay_engine.cache import CacheGroup
 from forebay_engine.cache_size import cache_groups
 from forebay_engine.config import EngineConfig
 from forebay_engine.costs import StepCosts, measured
-from forebay_engine.draft_model import DraftModel, read_draft_shape
-from forebay_engine.gguf import model_folder
 from forebay_engine.guided_masks import MaskThread
-from forebay_engine.hf_config import ModelError, ModelShape
-from forebay_engine.layers import LayerCache
-from forebay_engine.models import Model, build_model, read_shape
+from forebay_engine.loading import Checkpoint
+from forebay_engine.memory import KV_BYTES
 from forebay_engine.sampler import sample
 from forebay_engine.scoring import score_prompts
 from forebay_engine.sequence import SamplingParams
 from forebay_engine.step import Row, Sampled, StepPlan, StepResult
 from forebay_engine.step_runner import Finished
 from forebay_engine.threads import ThreadPolicy, run_queue_wait
-from forebay_engine.weights import Weights
 from forebay_kernels import cpu
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +37,9 @@ class Runner:
         self, config: EngineConfig, progress: Callable[[float], None] = lambda share: None
     ) -> None:
         """``progress`` is told the share of the weights that has been read, 0 to 1."""
-        folder = model_folder(Path(config.model).expanduser())
-        shape = read_shape(folder, config.model_impl)
-        self._device = torch.device("cpu")
-        self._dtype = _dtype(config.dtype, shape)
+        checkpoint = Checkpoint.of(config, torch.device("cpu"))
+        shape, draft = checkpoint.shape, checkpoint.draft
+        self._device = checkpoint.device
         self._threads = config.threads
         self._policy: ThreadPolicy | None = None
         self._speculates = config.speculation != "none"
@@ -58,40 +48,19 @@ class Runner:
         self.draft_costs: StepCosts | None = None
         self._settle_threads()
         self.block_size = config.block_size
-        draft = read_draft_shape(config, shape)
-        self.cache_groups = cache_groups(config, shape, self._dtype.itemsize, draft)
-        self.max_model_len = _max_model_len(config, shape, self.cache_groups)
-        shape = replace(shape, served_length=self.max_model_len)
-        with (
-            Weights(folder, self._dtype, self._device, config.quantization, progress) as weights,
-            torch.inference_mode(),
-        ):
-            self._model: Model = build_model(shape, weights)
+        size, kv_bytes = checkpoint.kv_dtype.itemsize, config.kv_cache_bytes or KV_BYTES
+        self.cache_groups = cache_groups(config, shape, size, draft, kv_bytes=kv_bytes)
+        self.max_model_len = checkpoint.max_model_len(self.cache_groups)
+        self._model, scales = checkpoint.load(self.max_model_len, progress)
         self.vocab_size = shape.vocab_size
         self.generates = not shape.headless
         self.eos_token_ids = shape.eos_token_ids
         self._masks = MaskThread(self.vocab_size)
         self._windows = [group.window for group in self.cache_groups]
-        pages = {group.window: group.num_blocks for group in self.cache_groups}
-        sizes = [
-            (shape.num_kv_heads, pages[window], self.block_size, shape.head_dim)
-            for window in (shape.sliding_window if slides else None for slides in shape.sliding)
-        ]
-        self._caches = [
-            LayerCache(*(torch.zeros(size, dtype=self._dtype) for _ in range(2))) for size in sizes
-        ]
+        self._caches = checkpoint.caches(self.cache_groups, scales)
         #: Tokens that the last launched step drew, by ``seq_id``.
         self._drawn: dict[int, int] = {}
-        self._draft: DraftModel | None = None
-        if draft is not None:
-            self._draft = DraftModel(
-                config,
-                replace(draft, served_length=self.max_model_len),
-                self.cache_groups,
-                dtype=self._dtype,
-                device=self._device,
-                eos_token_ids=self.eos_token_ids,
-            )
+        self._draft = checkpoint.draft_model(self.max_model_len, self.cache_groups)
 
     def takes_unknown(self, sampling: SamplingParams) -> bool:
         return True
@@ -198,26 +167,3 @@ class Runner:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _dtype(asked: str, shape: ModelShape) -> torch.dtype:
-    if asked == "auto":
-        # float16 is slow on CPUs and bfloat16 would drop its mantissa bits.
-        asked = "float32" if shape.dtype == "float16" else shape.dtype
-    if asked not in _DTYPES:
-        raise ModelError(f"dtype {asked!r} is not one of auto, {', '.join(_DTYPES)}")
-    return _DTYPES[asked]
-
-
-def _max_model_len(config: EngineConfig, shape: ModelShape, groups: Items[CacheGroup]) -> int:
-    """The asked length or the model's, as far as the cache can hold one sequence of it."""
-    if config.max_model_len > shape.max_position_embeddings:
-        raise ModelError(
-            f"max_model_len: {config.max_model_len} is more than the model's "
-            f"{shape.max_position_embeddings}"
-        )
-    asked = config.max_model_len or shape.max_position_embeddings
-    found = min(group.longest_sequence(asked, config.block_size) for group in groups)
-    if found < asked:
-        log.info("max_model_len: %d, all that the KV cache holds, not %d", found, asked)
-    return found

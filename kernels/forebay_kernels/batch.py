@@ -27,6 +27,9 @@ class PagedBatch:
     block_tables: Tensor  # [rows, max_pages] int32
     #: ``seq_lens`` on the device.
     lengths: Tensor  # [rows] int32
+    #: The step is a recording that is replayed with other lengths: ``seq_lens`` are then the most
+    #: that they can be, and what is computed must follow from ``lengths``.
+    replayed: bool = False
     #: Cache slot (page * block_size + offset) of each token; negative: do not store it.
     slots: Tensor  # [tokens] int64
     #: Layers with a window may have pages of their own: where the step's tokens lie there.

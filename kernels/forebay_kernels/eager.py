@@ -117,6 +117,8 @@ def paged_attention(
     first_row: int = 0,
 ) -> None:
     """Write the attention of rows from ``first_row`` on to ``out``; others are left alone."""
+    if batch.replayed and first_row < batch.num_rows:
+        raise ValueError("lengths must be known to the host: this attention can't be replayed")
     plan: list[Gather] | None = batch.memo.get((window, first_row))
     if plan is None:
         plan = plan_gathers(batch, keys, window, first_row)

@@ -73,15 +73,28 @@ class NativeSettings(BackendSettings, kw_only=True, frozen=True):
 
     path: str
     """Model folder, GGUF file, or the name of a model that `forebay model pull` fetched."""
+<<<<<<< HEAD
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and KV cache; `auto`: as stored."""
     quantization: Literal["none", "int8", "int4", "fp8"] = "none"
     """Round the weights to 8 or 4 bits while loading; those of a quantised checkpoint stay;
     `fp8` is for GPUs, a CPU widens it again."""
+=======
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model is computed; `auto`: on a GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights and KV cache; `auto`: as stored. `float16` is for GPUs."""
+    quantization: Literal["none", "int8", "int4"] = "none"
+    """Round the weights to 8 or 4 bits while loading; those of a quantised checkpoint stay."""
+>>>>>>> f18048b (Run steps on a device that never waits for the host: a table of requests, one copy, replays)
     model_impl: Literal["auto", "native", "transformers"] = "auto"
     """Whose class computes the layers; `auto`: the engine's own, where it has one."""
-    kv_cache_bytes: int = 512 << 20
-    """Memory of the KV cache in bytes."""
+    kv_cache_bytes: int = 0
+    """Memory of the KV cache in bytes; 0: 512 MiB, on a GPU what `gpu_memory_share` leaves."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """Type of the KV cache; `auto`: that of the weights; `fp8`: half the bytes of bfloat16."""
+    gpu_memory_share: float = 0.9
+    """Of a GPU's memory, how much the engine may take in all if it chooses the KV cache's size."""
     block_size: int = 32
     """Tokens in a page of the KV cache."""
     max_step_tokens: int = 512
@@ -254,11 +267,14 @@ class NativeAdapter(Adapter):
         settings = self._settings
         return EngineConfig(
             model=self._folder("path", settings.path),
+            device=settings.device,
             dtype=settings.dtype,
             quantization=settings.quantization,
             model_impl=settings.model_impl,
             block_size=settings.block_size,
             kv_cache_bytes=settings.kv_cache_bytes,
+            kv_cache_dtype=settings.kv_cache_dtype,
+            gpu_memory_share=settings.gpu_memory_share,
             max_step_tokens=settings.max_step_tokens,
             max_sequences=settings.max_sequences,
             max_model_len=settings.max_model_len,

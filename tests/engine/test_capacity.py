@@ -88,7 +88,7 @@ def test_the_engine_holds_as_much_for_a_sequence(demo_model: Path) -> None:
     """Behind the prompt's end it keeps one page more in each layer with a window."""
     config = EngineConfig(model=str(demo_model), max_model_len=4096)
     model = engine_config(demo_model)
-    cache = KVCache(cache_groups(config, model, itemsize=2), config.block_size)
+    cache = KVCache(cache_groups(config, model, itemsize=2, kv_bytes=512 << 20), config.block_size)
     scheduler = Scheduler(cache, max_step_tokens=512, max_sequences=1, max_model_len=4096)
     prompt = list(range(3000))
     scheduler.add(Sequence(0, prompt, SamplingParams(max_tokens=200, ignore_eos=True)))

@@ -50,7 +50,7 @@ class Outputs:
 
 
 def inputs(rows: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, ...]:
-    """places, starts, query_starts, tokens, last and tables, the latter two inside a wider table."""
+    """places, starts, query_starts, tokens, last and tables; the last two inside a wider one."""
     random = torch.Generator().manual_seed(len(rows))
     places = torch.randperm(len(rows) + 2, generator=random)[: len(rows)]
     starts = torch.tensor([start for start, _ in rows])

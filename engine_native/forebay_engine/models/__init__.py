@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -48,6 +48,9 @@ ARCHITECTURES = {
 
 class Model(Protocol):
     """A decoder over a paged cache."""
+
+    #: What a step runs depends on shapes alone, so that a recording of it can be replayed.
+    replayable: ClassVar[bool]
 
     def forward(
         self,

@@ -5,6 +5,12 @@ Learned positions, norms with bias, and matrices stored as ``[in, out]``.
 
 from __future__ import annotations
 
+<<<<<<< HEAD
+=======
+from typing import ClassVar
+
+import torch.nn.functional as F
+>>>>>>> f18048b (Run steps on a device that never waits for the host: a table of requests, one copy, replays)
 from torch import Tensor
 
 import forebay_kernels as kernels
@@ -24,6 +30,8 @@ from forebay_engine.weights import Weights
 
 class Gpt2:
     """A GPT-2 decoder."""
+
+    replayable: ClassVar[bool] = True
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         # The first checkpoints were saved without the head around them.

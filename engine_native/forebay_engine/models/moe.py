@@ -51,6 +51,8 @@ class Experts:
 
 
 class Mixtral(Llama):
+    #: The host has to know which experts are chosen.
+    replayable = False
     #: In the layer; and of an expert gate, up and down.
     block: ClassVar[str] = "block_sparse_moe"
     names: ClassVar[tuple[str, str, str]] = ("w1", "w3", "w2")

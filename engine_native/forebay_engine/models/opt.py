@@ -6,6 +6,12 @@ may be narrower than the hidden states.
 
 from __future__ import annotations
 
+<<<<<<< HEAD
+=======
+from typing import ClassVar
+
+import torch.nn.functional as F
+>>>>>>> f18048b (Run steps on a device that never waits for the host: a table of requests, one copy, replays)
 from torch import Tensor
 
 import forebay_kernels as kernels
@@ -47,6 +53,8 @@ class PostNormLayer:
 
 class Opt:
     """An OPT decoder."""
+
+    replayable: ClassVar[bool] = True
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         prefix = "decoder" if "decoder.embed_tokens.weight" in weights else "model.decoder"

@@ -1,0 +1,1 @@
+"""What the engine does only where there is a GPU."""

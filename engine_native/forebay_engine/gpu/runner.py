@@ -1,0 +1,309 @@
+"""Runs steps on a GPU so that it never waits for the host, nor the host for it.
+
+The device keeps what it knows of the running sequences (``table``); the host sends what has changed
+in one copy (``layout``), and a step's inputs are worked out on the device (``inputs``). Steps in
+which every row has one token are replays (``graphs``). ``launch`` puts a step into the device's
+queue and comes back; a token that is drawn is in the table for the next step, whether or not the
+host has seen it.
+
+Nothing here needs a GPU but recorded graphs: tests run all the rest on a processor.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Items
+from concurrent.futures import Future
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+import forebay_kernels as kernels
+from forebay_engine.batch import check_row, pool
+from forebay_engine.cache_size import cache_groups
+from forebay_engine.config import EngineConfig
+from forebay_engine.costs import StepCosts, measured
+from forebay_engine.gpu.graphs import Recorder, Replay, bucket, buckets
+from forebay_engine.gpu.inputs import Lengths, StepInputs
+from forebay_engine.gpu.launched import ByHost, LaunchedStep, Scores, fence, fetched
+from forebay_engine.gpu.layout import Samples, Sections, lay
+from forebay_engine.gpu.memory import DeviceMemory, Shares
+from forebay_engine.gpu.table import RequestTable, Words
+from forebay_engine.guided_masks import MaskThread
+from forebay_engine.layers import LayerCache
+from forebay_engine.loading import Checkpoint
+from forebay_engine.memory import KV_BYTES
+from forebay_engine.sampler import is_greedy
+from forebay_engine.scoring import score_prompts
+from forebay_engine.sequence import SamplingParams
+from forebay_engine.step import Row, Sampled, StepPlan, StepResult
+from forebay_kernels import PagedBatch
+
+#: Rows of the steps that are timed at the start, whatever ``max_sequences`` is.
+_TIMED_ROWS = 32
+
+log = logging.getLogger(__name__)
+
+
+class DeviceRunner:
+    """A loaded model on a device; building one reads the weights and sizes the KV cache.
+
+    :param device: tests give a processor.
+    :param recorder: makes the replays; None: all steps are launched kernel by kernel.
+    :param memory: of the device; None: the KV cache is sized as on a processor.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        progress: Callable[[float], None] = lambda share: None,
+        *,
+        device: torch.device,
+        recorder: Recorder | None,
+        memory: DeviceMemory | None,
+    ) -> None:
+        self._checkpoint = checkpoint = Checkpoint.of(config, device)
+        shape = checkpoint.shape
+        self._device = device
+        self._speculates = config.speculation != "none"
+        self.runs_ahead = checkpoint.draft is None
+        self.block_size = config.block_size
+        self.vocab_size = shape.vocab_size
+        self.generates = not shape.headless
+        self.eos_token_ids = shape.eos_token_ids
+        #: Until they are measured, all steps cost the same, and guesses nothing.
+        self.step_costs = StepCosts((1,), (1.0,))
+        self.draft_costs: StepCosts | None = None
+        self._masks = MaskThread(self.vocab_size)
+
+        shares = Shares.begin(memory, config) if memory is not None else None
+        self._model, scales = checkpoint.load(checkpoint.longest, progress)
+        rows = max(config.max_sequences, _TIMED_ROWS)
+        tokens = max(config.max_step_tokens, 2 * rows)
+        hidden = self._largest_step(tokens, config.max_sequences)
+        kv_bytes = config.kv_cache_bytes or (shares.kv_bytes() if shares else KV_BYTES)
+        self.cache_groups = cache_groups(
+            config, shape, checkpoint.kv_dtype.itemsize, checkpoint.draft, kv_bytes=kv_bytes
+        )
+        self.max_model_len = checkpoint.max_model_len(self.cache_groups)
+        self._caches = checkpoint.caches(self.cache_groups, scales)
+        self._draft = checkpoint.draft_model(self.max_model_len, self.cache_groups)
+
+        windows = [group.window for group in self.cache_groups]
+        longest = self.max_model_len + config.speculation_tokens
+        pages = -(-longest // self.block_size) + 1
+        self._table = RequestTable(rows, len(windows), pages, device)
+        self._inputs = StepInputs(self._table, windows, self.block_size, tokens)
+        self._recorder = recorder if self.generates and self._model.replayable else None
+        self._replays: dict[int, Replay] = {}
+        self._most_recorded = config.max_sequences
+        # Of replays: hidden states and tokens of each row.
+        self._hidden = torch.zeros_like(hidden[:1]).repeat(config.max_sequences, 1)
+        self._tokens = torch.zeros(config.max_sequences, dtype=torch.int64, device=device)
+
+    def takes_unknown(self, sampling: SamplingParams) -> bool:
+        return is_greedy(sampling)
+
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Put the plan's rows into the device's queue."""
+        with torch.inference_mode():
+            try:
+                return self._launch(plan.rows)
+            except Exception:
+                self._table.forget()
+                raise
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run the plan's tokens, write their keys and values, draw a token where one is asked."""
+        return self.launch(plan).result()
+
+    def warm_up(self) -> None:
+        """Record the steps that are replayed, and measure what steps cost."""
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            if self._recorder is not None:
+                for size in buckets(self._most_recorded):
+                    self._record(size, self._recorder)
+        if self._replays:
+            took = time.perf_counter() - begin
+            log.info("steps of %d numbers of rows recorded in %.1f s", len(self._replays), took)
+        if self._speculates:
+            self.step_costs = measured(self.execute, self.cache_groups, self.block_size)
+            log.info("%s", self.step_costs)
+        if self._draft is not None:
+            self.draft_costs = self._draft.measured()
+            log.info("the draft model's %s", self.draft_costs)
+
+    def _launch(self, rows: tuple[Row, ...]) -> LaunchedStep:
+        for row in rows:
+            check_row(row, self.block_size)
+        tokens = sum(row.count for row in rows)
+        if tokens > self._inputs.most_tokens:
+            raise ValueError(f"a step of {tokens} tokens; {self._inputs.most_tokens} are the most")
+        places, changes = self._table.enter(rows)
+        size = self._replayed(rows)
+        samples = self._samples(rows, places, every=size is not None)
+        masks = self._masks.begin([row for row in rows if row.sample])
+        words, sizes = lay(
+            rows,
+            places,
+            changes,
+            samples,
+            padded=size or 0,
+            nobody=self._table.nobody,
+            pinned=self._device.type == "cuda",
+        )
+        sections = self._inputs.send(words, sizes)
+        hidden: Tensor | None = None
+        if size is not None:
+            self._replays[size]()
+            chosen, drawn = self._hidden[:size], self._tokens[:size]
+        else:
+            hidden = self._forward(sections, _lengths(rows))
+            chosen = hidden.index_select(0, sections.sample_at)
+            drawn = self._draw(chosen, sections.sample_places)
+        self._table.drew(rows)
+        by_host = self._by_host(rows, chosen, sections, masks) if samples.by_host else None
+        scores = self._scores(rows, chosen, drawn, sections) if samples.scored else None
+        return LaunchedStep(
+            tokens=fetched(drawn),
+            rows=rows,
+            first=samples.first,
+            by_host=by_host,
+            scored=samples.scored,
+            scores=scores,
+            wait=fence(self._device),
+            rest=lambda sampled: self._rest(rows, hidden, sampled),
+        )
+
+    def _forward(self, sections: Sections, lengths: Lengths) -> Tensor:
+        token_ids, positions, batch = self._inputs.derive(sections, lengths)
+        return self._model.forward(token_ids, positions, self._caches, batch)
+
+    def _draw(self, hidden: Tensor, places: Tensor) -> Tensor:
+        """The token behind each of ``hidden`` ``[samples, hidden]``, known to the next step too."""
+        if not len(hidden):
+            return torch.zeros(0, dtype=torch.int64, device=self._device)
+        drawn = kernels.argmax(self._model.logits(hidden))
+        # Of a sequence with guesses several: then the host tells its last token.
+        self._table.last[places.long()] = drawn.int()
+        return drawn
+
+    def _record(self, size: int, recorder: Recorder) -> None:
+        """A replay of steps of so many rows, of which each has one token and draws one."""
+        longest = Lengths(tuple(range(size + 1)), (self.max_model_len,) * size, size, replayed=True)
+
+        def step() -> None:
+            sections = self._inputs.sections(sizes)
+            hidden = self._forward(sections, longest)
+            self._hidden[:size].copy_(hidden)
+            self._tokens[:size].copy_(self._draw(hidden, sections.places))
+
+        nobody = self._table.nobody
+        nothing = Samples([], [], {}, [], [])
+        pinned = self._device.type == "cuda"
+        words, sizes = lay((), (), Words(), nothing, padded=size, nobody=nobody, pinned=pinned)
+        self._inputs.send(words, sizes)
+        self._replays[size] = recorder.record(step)
+
+    def _replayed(self, rows: Items[Row]) -> int | None:
+        """For how many rows the replay is that can run these; None: none can."""
+        plain = all(
+            row.count == 1
+            and row.pooling is None
+            and row.lookahead is None
+            and (row.sampling.prompt_logprobs is None or row.start >= row.num_prompt - 1)
+            for row in rows
+        )
+        return bucket(self._replays, len(rows)) if plain else None
+
+    def _samples(self, rows: Items[Row], places: Items[int], *, every: bool) -> Samples:
+        """:param every: a token is drawn for each row, whether it asks or not."""
+        found = Samples([], [], {}, [], [])
+        end = 0
+        for row, place in zip(rows, places, strict=True):
+            end += row.count
+            if not row.sample and not every:
+                continue
+            first = found.first[row.seq_id] = len(found.at)
+            found.at.extend(range(end - 1 - len(row.draft), end))
+            numbers = range(first, len(found.at))
+            found.places.extend(place for _ in numbers)
+            if row.sample and not self._draws(row):
+                found.by_host.extend(numbers)
+            elif row.sample and row.sampling.logprobs is not None:
+                found.scored.extend(numbers)
+        return found
+
+    def _draws(self, row: Row) -> bool:
+        """Whether the device can draw the row's token."""
+        return row.guide is None and is_greedy(row.sampling)
+
+    def _by_host(
+        self,
+        rows: Items[Row],
+        chosen: Tensor,
+        sections: Sections,
+        masks: Future[Mapping[int, Tensor]],
+    ) -> ByHost:
+        logits = self._model.logits(chosen.index_select(0, sections.by_host))
+        asking = tuple(row for row in rows if row.sample and not self._draws(row))
+        return ByHost(asking, fetched(logits), masks, self.eos_token_ids)
+
+    def _scores(
+        self, rows: Items[Row], chosen: Tensor, drawn: Tensor, sections: Sections
+    ) -> Scores:
+        logits = self._model.logits(chosen.index_select(0, sections.scored))
+        most = max(row.sampling.logprobs or 0 for row in rows)
+        return Scores.of(logits, drawn.index_select(0, sections.scored), most)
+
+    def _rest(
+        self, rows: Items[Row], hidden: Tensor | None, sampled: tuple[Sampled, ...]
+    ) -> StepResult:
+        with torch.inference_mode():
+            guessed = self._draft.guess(rows, sampled) if self._draft is not None else ()
+            if hidden is None:
+                return StepResult(sampled, guessed=guessed)
+            prompt = score_prompts(hidden, rows, self._model.logits)
+            return StepResult(sampled, pool(hidden, rows), guessed, prompt)
+
+    def _largest_step(self, tokens: int, samples: int) -> Tensor:
+        """Run as many tokens as a step may have, so that its memory is taken; the hidden states.
+
+        They are stored nowhere, and see the same page over and over.
+        """
+        checkpoint, device = self._checkpoint, self._device
+        shape, size = checkpoint.shape, self.block_size
+        cache = LayerCache.empty(
+            (shape.num_kv_heads, 1, size, shape.head_dim), checkpoint.kv_dtype, device
+        )
+        full, rest = divmod(tokens, checkpoint.longest)
+        counts = [checkpoint.longest] * full + [rest] * (rest > 0)
+        with torch.inference_mode():
+            batch = PagedBatch(
+                query_starts=tuple(accumulate(counts, initial=0)),
+                seq_lens=tuple(counts),
+                num_decodes=0,
+                block_tables=torch.zeros(
+                    (len(counts), -(-counts[0] // size)), dtype=torch.int32, device=device
+                ),
+                lengths=torch.tensor(counts, dtype=torch.int32, device=device),
+                slots=torch.full((tokens,), -1, dtype=torch.int64, device=device),
+            )
+            nothing = torch.zeros(tokens, dtype=torch.int64, device=device)
+            caches = [cache] * shape.num_layers
+            hidden = self._model.forward(nothing, nothing, caches, batch)
+            if self.generates:
+                kernels.argmax(self._model.logits(hidden[:samples]))
+            return hidden
+
+
+def _lengths(rows: Items[Row]) -> Lengths:
+    return Lengths(
+        query_starts=tuple(accumulate((row.count for row in rows), initial=0)),
+        seq_lens=tuple(row.start + row.count for row in rows),
+        num_decodes=next((i for i, row in enumerate(rows) if row.count != 1), len(rows)),
+    )
