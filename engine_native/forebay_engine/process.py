@@ -53,17 +53,45 @@ def load_runner(
 
     :raises StartRefused: the model does not fit, or is none that we can serve.
     """
-    refuse_what_does_not_fit(config)
+    device = choose_device(config.device)
+    if device == "cpu":
+        refuse_what_does_not_fit(config)
     from forebay_engine.hf_config import ModelError
     from forebay_engine.runner import Runner
 
     try:
-        runner = Runner(config, progress)
+        if device == "cuda":
+            from forebay_engine.gpu.runner import DeviceRunner
+
+            runner: Runner | DeviceRunner = DeviceRunner.on_gpu(config, progress)
+        else:
+            runner = Runner(config, progress)
     except ModelError as error:
         raise StartRefused(str(error)) from error
     log.info("weights loaded, warming up")
     runner.warm_up()
     return runner
+
+
+def choose_device(asked: str) -> str:
+    """``cpu`` or ``cuda``.
+
+    :raises StartRefused: there is no such device.
+    """
+    if asked not in ("auto", "cpu", "cuda"):
+        raise StartRefused(f"device {asked!r} is not one of auto, cpu, cuda")
+    if asked == "cpu":
+        return asked
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if asked == "cuda":
+        raise StartRefused(
+            f"device: cuda is asked for, but torch {torch.__version__} sees no GPU: look whether "
+            "`nvidia-smi` does, and whether torch was built for CUDA"
+        )
+    return "cpu"
 
 
 def set_up_threads(threads: int) -> None:

@@ -14,15 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from replaying import CheckingRecorder
 
 from forebay_engine.config import EngineConfig
 from forebay_engine.engine import Engine
 from forebay_engine.gpu.runner import DeviceRunner
 from forebay_engine.runner import Runner
 from forebay_engine.sequence import SamplingParams
+from forebay_engine.step import Row, StepPlan
 from forebay_engine.tokenizer import Tokenizer
 from forebay_engine.wire import Done, Event, Failed, Generate, Output
+from replaying import Calls, CheckingRecorder
 
 CPU = torch.device("cpu")
 SHARED = [5 + (7 * i) % 370 for i in range(40)]
@@ -94,10 +95,10 @@ CUTS: dict[str, dict[str, Any]] = {
     "preempted": {"block_size": 4, "num_blocks": 20},
     "no prefix cache": {"prefix_cache": False, "block_size": 5},
 }
+CASES = [("llama", cut) for cut in CUTS] + [("gemma3", "preempted"), ("qwen3", "small chunks")]
 
 
-@pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
+@pytest.mark.parametrize(("family", "cut"), CASES)
 async def test_tokens_are_those_of_the_plain_runner(
     family: str, cut: str, tiny_checkpoint: Checkpoint
 ) -> None:
@@ -108,3 +109,176 @@ async def test_tokens_are_those_of_the_plain_runner(
         expected = await answers(plain, config, sampling)
         assert await answers(runner, config, sampling) == expected
     assert sum(count > 0 for count in recorder.replays) > 2
+
+
+async def test_choices_log_probabilities_and_guesses_are_those_of_the_plain_runner(
+    tiny_checkpoint: Checkpoint,
+) -> None:
+    config = settings(tiny_checkpoint("gemma3"))
+    runner, _ = on_device(config)
+    plain = Runner(config)
+    sampling = replace(DRAWN, logprobs=2)
+    assert await answers(runner, config, sampling, 2) == await answers(plain, config, sampling, 2)
+    for one_group in (
+        decode(1, [2, 8, 9, 4], 0, [1], count=4, sampling=replace(GREEDY, logprobs=3)),
+        decode(2, [2, 8, 9, 4], 0, [2], count=6, draft=(7, 7), sampling=GREEDY),
+        decode(3, [2, 8, 9], 0, [3], count=3, sample=False, pooling="mean"),
+        decode(4, [2, 8, 9], 0, [4], count=3, sampling=replace(GREEDY, prompt_logprobs=1)),
+    ):
+        row = replace(one_group, block_tables=one_group.block_tables * 2)
+        expected, found = plain.execute(StepPlan((row,))), runner.execute(StepPlan((row,)))
+        assert [item.token_id for item in found.sampled] == [i.token_id for i in expected.sampled]
+        for one, other in zip(found.sampled, expected.sampled, strict=True):
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
+            assert [id for id, _ in one.top] == [id for id, _ in other.top]
+        assert [item.token_id for item in found.prompt] == [i.token_id for i in expected.prompt]
+        for mine, theirs in zip(found.pooled, expected.pooled, strict=True):
+            assert mine.vector == pytest.approx(theirs.vector, abs=1e-4)
+
+
+def decode(seq_id: int, tokens: list[int], start: int, pages: list[int], **own: Any) -> Row:
+    whole = {"count": 1, "sample": True, "sampling": GREEDY, "num_prompt": len(tokens)}
+    return Row(
+        seq_id=seq_id, token_ids=tokens, start=start, block_tables=(pages,), **{**whole, **own}
+    )
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_checkpoint: Checkpoint) -> tuple[Runner, DeviceRunner, CheckingRecorder]:
+    """A plain runner and one for a device, over the same weights."""
+    config = settings(tiny_checkpoint("llama"), block_size=4)
+    return Runner(config), *on_device(config)
+
+
+def test_a_token_that_nobody_knows_yet_comes_from_the_table(
+    llama: tuple[Runner, DeviceRunner, CheckingRecorder],
+) -> None:
+    """Three sequences one step ahead, of which the second leaves and another takes its place."""
+    plain, runner, recorder = llama
+    prompts = {1: [2, 8, 9, 4], 2: [2, 5], 3: [2, 7, 7], 4: [9, 9]}
+    expected = {id: alone(plain, prompt, id) for id, prompt in prompts.items()}
+    before = sum(recorder.replays)
+    known = {id: list(tokens) for id, tokens in prompts.items()}
+    pages = {id: list(range(6 * id, 6 * id + 6)) for id in prompts}
+
+    def row(id: int, unknown: bool) -> Row:
+        start = len(known[id]) if unknown else 0
+        count = 1 if unknown else len(known[id])
+        return decode(id, known[id], start, pages[id], count=count, unknown=int(unknown))
+
+    last = runner.launch(StepPlan(tuple(row(id, False) for id in (1, 2, 3))))
+    for number in range(6):
+        there = (1, 2, 3) if number < 2 else (1, 3) if number < 4 else (1, 3, 4)
+        new = number == 4
+        rows = [row(id, not (new and id == 4)) for id in there]
+        following = runner.launch(StepPlan(tuple(sorted(rows, key=lambda r: r.count > 1))))
+        for item in last.result().sampled:
+            known[item.seq_id].append(item.token_id)
+        last = following
+    for item in last.result().sampled:
+        known[item.seq_id].append(item.token_id)
+    for id, tokens in known.items():
+        assert tokens == expected[id][: len(tokens)], id
+        assert len(tokens) > len(prompts[id])
+    assert sum(recorder.replays) == before + 5
+    gone = decode(2, known[2], len(known[2]), pages[2], unknown=1)
+    with pytest.raises(ValueError, match="sequence 2: the last step drew no token for it"):
+        runner.launch(StepPlan((gone,)))
+
+
+def alone(runner: Runner, prompt: list[int], id: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(8):
+        row = decode(id, list(tokens), 0, list(range(50, 56)), count=len(tokens))
+        tokens.append(runner.execute(StepPlan((row,))).sampled[0].token_id)
+    return tokens
+
+
+def test_pages_of_another_time_are_not_read(
+    llama: tuple[Runner, DeviceRunner, CheckingRecorder],
+) -> None:
+    """A sequence that was left out of a step comes back with other pages; so does a failed one."""
+    plain, runner, _ = llama
+    prompt = [2, 8, 9, 4, 6, 5, 7]
+    expected = alone(plain, prompt, 1)
+    other = decode(2, [3, 3], 0, [11], count=2)
+    runner.execute(StepPlan((decode(1, prompt, 0, [20, 21], count=7),)))
+    runner.execute(StepPlan((other,)))
+    again = runner.execute(StepPlan((decode(1, prompt, 0, [31, 32], count=7),)))
+    assert again.sampled[0].token_id == expected[7]
+    broken = decode(3, [1, 2], 0, [-1], count=2)
+    with pytest.raises(ValueError, match="sequence 3"):
+        runner.execute(StepPlan((broken,)))
+    moved = runner.execute(StepPlan((decode(1, prompt, 0, [41, 42], count=7),)))
+    assert moved.sampled[0].token_id == expected[7]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (39, "39 rows in a step, where 32 are the most"),
+        (1, "a step of 600 tokens; 512 are the most"),
+    ],
+)
+def test_steps_that_are_too_large_are_refused(
+    rows: int, message: str, llama: tuple[Runner, DeviceRunner, CheckingRecorder]
+) -> None:
+    tokens = [1] * (600 if rows == 1 else 1)
+    pages = list(range(150))
+    plan = StepPlan(tuple(decode(i, tokens, 0, pages, count=len(tokens)) for i in range(rows)))
+    with pytest.raises(ValueError, match=message):
+        llama[1].execute(plan)
+
+
+def test_nothing_in_a_steady_step_waits_for_the_device(
+    llama: tuple[Runner, DeviceRunner, CheckingRecorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would fetch a value from a GPU fails: the steps are launched, and not looked at."""
+    _, runner, _ = llama
+    prompts = {id: [2, 8, id] for id in (1, 2, 3)}
+
+    def step(known: bool) -> StepPlan:
+        rows = [
+            decode(id, tokens, 0 if known else 3 + steps, [10 * id, 10 * id + 1],
+                   count=3 if known else 1, unknown=int(not known))
+            for id, tokens in prompts.items()
+        ]  # fmt: skip
+        return StepPlan(tuple(rows))
+
+    steps = 0
+    launched = [runner.launch(step(True))]
+
+    def fetch(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("this waits for the device")
+
+    with monkeypatch.context() as patch, Calls():
+        for name in ("item", "tolist", "cpu", "nonzero", "__bool__", "__int__", "__float__"):
+            patch.setattr(torch.Tensor, name, fetch)
+        for _ in range(4):
+            launched.append(runner.launch(step(False)))
+            for tokens in prompts.values():
+                tokens.append(5)  # whatever it is: the last one is on the device
+            steps += 1
+    assert [len(one.result().sampled) for one in launched] == [3] * 5
+
+
+@pytest.mark.gpu
+def test_nothing_in_a_steady_step_waits_for_the_gpu(tiny_checkpoint: Checkpoint) -> None:
+    config = settings(tiny_checkpoint("llama"), device="cuda", kv_cache_bytes=0)
+    runner = DeviceRunner.on_gpu(config)
+    runner.warm_up()
+    tokens = [2, 8, 9]
+    launched = [runner.launch(StepPlan((decode(1, tokens, 0, [1], count=3),)))]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for at in range(3, 9):
+            launched.append(
+                runner.launch(
+                    StepPlan((decode(1, [*tokens, *[0] * (at - 3)], at, [1], unknown=1),))
+                )
+            )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    drawn = [one.result().sampled[0].token_id for one in launched]
+    plain = Runner(replace(config, device="cpu"))
+    assert drawn == alone(plain, tokens, 1)[3:10]

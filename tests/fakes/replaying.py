@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -39,9 +38,10 @@ class Calls(TorchDispatchMode):
         given = [self._seen(leaf) for leaf in tree_flatten((args, kwargs or {}))[0]]
         out = func(*args, **(kwargs or {}))
         for leaf in tree_flatten(out)[0]:
-            if isinstance(leaf, Tensor):
-                if leaf.untyped_storage().data_ptr() not in self._outer(args, kwargs):
-                    self._make(leaf)
+            if not isinstance(leaf, Tensor):
+                continue
+            if leaf.untyped_storage().data_ptr() not in self._outer(args, kwargs):
+                self._make(leaf)
         self.found.append((name, *given))
         return out
 

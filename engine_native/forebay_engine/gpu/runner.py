@@ -26,11 +26,11 @@ from forebay_engine.batch import check_row, pool
 from forebay_engine.cache_size import cache_groups
 from forebay_engine.config import EngineConfig
 from forebay_engine.costs import StepCosts, measured
-from forebay_engine.gpu.graphs import Recorder, Replay, bucket, buckets
+from forebay_engine.gpu.graphs import CudaRecorder, Recorder, Replay, bucket, buckets
 from forebay_engine.gpu.inputs import Lengths, StepInputs
 from forebay_engine.gpu.launched import ByHost, LaunchedStep, Scores, fence, fetched
 from forebay_engine.gpu.layout import Samples, Sections, lay
-from forebay_engine.gpu.memory import DeviceMemory, Shares
+from forebay_engine.gpu.memory import CudaMemory, DeviceMemory, Shares
 from forebay_engine.gpu.table import RequestTable, Words
 from forebay_engine.guided_masks import MaskThread
 from forebay_engine.layers import LayerCache
@@ -103,6 +103,20 @@ class DeviceRunner:
         # Of replays: hidden states and tokens of each row.
         self._hidden = torch.zeros_like(hidden[:1]).repeat(config.max_sequences, 1)
         self._tokens = torch.zeros(config.max_sequences, dtype=torch.int64, device=device)
+
+    @classmethod
+    def on_gpu(
+        cls, config: EngineConfig, progress: Callable[[float], None] = lambda share: None
+    ) -> DeviceRunner:
+        """On the first GPU, with CUDA's graphs."""
+        device = torch.device("cuda", 0)
+        return cls(
+            config,
+            progress,
+            device=device,
+            recorder=CudaRecorder(device),
+            memory=CudaMemory(device),
+        )
 
     def takes_unknown(self, sampling: SamplingParams) -> bool:
         return is_greedy(sampling)
