@@ -131,6 +131,8 @@ class Attention:
                 cache.keys,
                 cache.values,
                 batch.slots,
+                cache.key_scale,
+                cache.value_scale,
             ),
             cache.keys,
             cache.values,

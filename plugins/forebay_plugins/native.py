@@ -73,20 +73,13 @@ class NativeSettings(BackendSettings, kw_only=True, frozen=True):
 
     path: str
     """Model folder, GGUF file, or the name of a model that `forebay model pull` fetched."""
-<<<<<<< HEAD
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of weights and KV cache; `auto`: as stored."""
-    quantization: Literal["none", "int8", "int4", "fp8"] = "none"
-    """Round the weights to 8 or 4 bits while loading; those of a quantised checkpoint stay;
-    `fp8` is for GPUs, a CPU widens it again."""
-=======
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model is computed; `auto`: on a GPU where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and KV cache; `auto`: as stored. `float16` is for GPUs."""
-    quantization: Literal["none", "int8", "int4"] = "none"
-    """Round the weights to 8 or 4 bits while loading; those of a quantised checkpoint stay."""
->>>>>>> f18048b (Run steps on a device that never waits for the host: a table of requests, one copy, replays)
+    quantization: Literal["none", "int8", "int4", "fp8"] = "none"
+    """Round the weights to 8 or 4 bits while loading; those of a quantised checkpoint stay;
+    `fp8` is for GPUs, a CPU widens it again."""
     model_impl: Literal["auto", "native", "transformers"] = "auto"
     """Whose class computes the layers; `auto`: the engine's own, where it has one."""
     kv_cache_bytes: int = 0

@@ -63,9 +63,9 @@ def test_the_kv_cache_gets_what_is_left(
 def test_weights_that_cannot_fit_are_refused_before_they_are_read(
     tiny_checkpoint: Checkpoint,
 ) -> None:
-    config = replace(settings(tiny_checkpoint("llama")), kv_cache_bytes=89 * MIB)
+    config = replace(settings(tiny_checkpoint("llama")), kv_cache_bytes=90 * MIB)
     told = (
-        r"does not fit into the GPU's memory: \d MiB of weights \+ 89 MiB of KV cache = 9\d MiB, "
+        r"does not fit into the GPU's memory: \d MiB of weights \+ 90 MiB of KV cache = 9\d MiB, "
         r"but 90 MiB are left of its 100 MiB: 0 MiB are taken, and gpu_memory_share is 0.9; lower"
     )
     with pytest.raises(StartRefused, match=told):
@@ -74,14 +74,18 @@ def test_weights_that_cannot_fit_are_refused_before_they_are_read(
 
 def test_nothing_left_for_the_cache_is_refused(tiny_checkpoint: Checkpoint) -> None:
     shares = Shares.begin(Memory([100 * MIB, 9 * MIB]), settings(tiny_checkpoint("llama")))
-    with pytest.raises(StartRefused, match="91 MiB with .*: nothing is left for the KV cache; low"):
+    with pytest.raises(
+        StartRefused, match=r"91 MiB with .*: nothing is left for the KV cache; low"
+    ):
         shares.kv_bytes()
 
 
 @pytest.mark.parametrize("share", [0.0, 1.5, -1.0])
 def test_a_share_is_more_than_nothing_and_at_most_all(share: float, tmp_path: Path) -> None:
     config = replace(settings(tmp_path), gpu_memory_share=share)
-    with pytest.raises(StartRefused, match="gpu_memory_share is .*; it must be above 0 and at mos"):
+    with pytest.raises(
+        StartRefused, match=r"gpu_memory_share is .*; it must be above 0 and at mos"
+    ):
         Shares.begin(Memory([1]), config)
 
 
@@ -90,7 +94,7 @@ def test_a_device_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [choose_device(asked) for asked in ("auto", "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == "cpu"
-    with pytest.raises(StartRefused, match="device: cuda is asked for, but torch .* sees no GPU"):
+    with pytest.raises(StartRefused, match=r"device: cuda is asked for, but torch .* sees no GPU"):
         choose_device("cuda")
     with pytest.raises(StartRefused, match="device 'tpu' is not one of auto, cpu, cuda"):
         load_runner(EngineConfig(model="none", device="tpu"))

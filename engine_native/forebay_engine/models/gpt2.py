@@ -5,12 +5,8 @@ Learned positions, norms with bias, and matrices stored as ``[in, out]``.
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-=======
 from typing import ClassVar
 
-import torch.nn.functional as F
->>>>>>> f18048b (Run steps on a device that never waits for the host: a table of requests, one copy, replays)
 from torch import Tensor
 
 import forebay_kernels as kernels

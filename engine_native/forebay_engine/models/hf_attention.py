@@ -77,7 +77,8 @@ class Step:
         cache, layer = self.caches[index], self.layers[index]
         batch = self.batch.within(layer.pages)
         k, v, q = (x[0].transpose(0, 1).contiguous() for x in (key, value, query))
-        kernels.kv_store(k, v, cache.keys, cache.values, batch.slots)
+        scales = cache.key_scale, cache.value_scale
+        kernels.kv_store(k, v, cache.keys, cache.values, batch.slots, *scales)
         scale = said.get("scaling")
         found = kernels.paged_attention(
             q,

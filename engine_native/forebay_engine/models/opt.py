@@ -6,12 +6,8 @@ may be narrower than the hidden states.
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-=======
 from typing import ClassVar
 
-import torch.nn.functional as F
->>>>>>> f18048b (Run steps on a device that never waits for the host: a table of requests, one copy, replays)
 from torch import Tensor
 
 import forebay_kernels as kernels
