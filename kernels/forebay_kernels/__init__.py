@@ -14,14 +14,19 @@ from forebay_kernels.dispatch import (
     rms_norm,
     rope,
     rotary_angles,
+    sample,
     scatter,
     select_rms_norm,
     silu_mul,
     step_inputs,
 )
+from forebay_kernels.sampling import Drawn, SamplingRows, SamplingTable
 
 __all__ = [
+    "Drawn",
     "PagedBatch",
+    "SamplingRows",
+    "SamplingTable",
     "add_rms_norm",
     "argmax",
     "embedding",
@@ -32,6 +37,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rotary_angles",
+    "sample",
     "scatter",
     "select_rms_norm",
     "silu_mul",

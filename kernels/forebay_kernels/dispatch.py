@@ -9,6 +9,7 @@ from forebay_kernels import eager, reference
 from forebay_kernels.batch import PagedBatch
 from forebay_kernels.cpu import available
 from forebay_kernels.cpu import operators as compiled
+from forebay_kernels.sampling import Drawn, SamplingRows
 
 # Triton's modules are imported where they are needed: triton is not on every system, and takes
 # 0.24 s to import.
@@ -77,6 +78,25 @@ def argmax(x: Tensor) -> Tensor:
         return compiled.argmax(x)
     # As argmax, in 0.27 ms a row of 262144 bf16 instead of 1.07.
     return x.max(-1).indices
+
+
+def sample(
+    logits: Tensor,  # [rows, vocab]
+    rows: SamplingRows,
+    *,
+    softcap: float | None = None,
+    logprobs: bool = False,
+    plain: bool = False,
+) -> Drawn:
+    """A token for each row; see ``reference.sample``. May take tokens into ``rows.table.counts``.
+
+    ``plain``: no row asks for more than a temperature and its log-probability, nor has a mask.
+    """
+    if has_triton(logits):
+        from forebay_kernels.gpu import sampling
+
+        return sampling.sample(logits, rows, softcap=softcap, logprobs=logprobs, plain=plain)
+    return reference.sample(logits, rows, softcap=softcap, logprobs=logprobs)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

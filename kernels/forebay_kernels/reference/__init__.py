@@ -28,6 +28,7 @@ from forebay_kernels.reference.layers import (
     select_rms_norm,
     silu_mul,
 )
+from forebay_kernels.reference.sampling import sample
 from forebay_kernels.reference.step_inputs import scatter, step_inputs
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "rms_norm_fp8",
     "rope",
     "rotary_angles",
+    "sample",
     "scatter",
     "select_rms_norm",
     "silu_mul",
