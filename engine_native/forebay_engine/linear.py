@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import BoundedSemaphore
 
 import torch
 from torch import Tensor
@@ -12,6 +14,11 @@ from forebay_kernels import matrix as matrices
 from forebay_kernels.matrix import Dense, Matrix, Reordered
 
 Product = Callable[[Tensor], Tensor]
+
+#: Lays out weights while others are read, and while the tokenizer is.
+_packer = ThreadPoolExecutor(1, "forebay-pack")
+#: Matrices that wait for it at most: until then each has two copies.
+_waiting = BoundedSemaphore(8)
 
 
 class Linear:
@@ -24,7 +31,12 @@ class Linear:
     def __init__(self, matrix: Matrix, bias: Tensor | None = None) -> None:
         self._weights: tuple[Matrix, Tensor | None] | None = (matrix, bias)
         self._product: Product = self._settle
-        if isinstance(matrix, Dense):
+        self._packing: Future[None] | None = None
+        if isinstance(matrix, Dense) and matrix.weight.is_cpu:
+            _waiting.acquire()
+            self._packing = _packer.submit(self._pack, matrix.weight.dtype)
+            self._packing.add_done_callback(lambda done: _waiting.release())
+        elif isinstance(matrix, Dense):
             self._pack(matrix.weight.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -32,6 +44,9 @@ class Linear:
         return self._product(x)
 
     def _settle(self, x: Tensor) -> Tensor:
+        """The first product: what it needs is under way, or depends on ``x``."""
+        if self._packing is not None:
+            self._packing.result()
         self._pack(x.dtype)
         return self._product(x)
 

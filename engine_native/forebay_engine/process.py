@@ -30,7 +30,7 @@ from forebay_engine.errors import StartRefused
 from forebay_engine.memory import refuse_what_does_not_fit
 from forebay_engine.server import Server
 from forebay_engine.step_runner import StepRunner
-from forebay_engine.tokenizer import Tokenizer
+from forebay_engine.tokenizer import Tokenizer, tokenizer_file
 from forebay_engine.tracing import Tracing
 from forebay_engine.wire import EXIT_REFUSED
 
@@ -63,14 +63,10 @@ def load_runner(
         if device == "cuda":
             from forebay_engine.gpu.runner import DeviceRunner
 
-            runner: Runner | DeviceRunner = DeviceRunner.on_gpu(config, progress)
-        else:
-            runner = Runner(config, progress)
+            return DeviceRunner.on_gpu(config, progress)
+        return Runner(config, progress)
     except ModelError as error:
         raise StartRefused(str(error)) from error
-    log.info("weights loaded, warming up")
-    runner.warm_up()
-    return runner
 
 
 def choose_device(asked: str) -> str:
@@ -146,9 +142,14 @@ async def _work(
         raise StartRefused(
             f"{folder} is no model folder: there is no config.json in it, nor a GGUF"
         )
-    tokenizer = await asyncio.to_thread(Tokenizer.from_folder, folder)
+    vocabulary = tokenizer_file(folder)
     template = ChatTemplate.from_folder(folder)
     runner = await asyncio.to_thread(make_runner, config, _Loading(server))
+    # After the weights: its reader lets no other thread run Python for 1.5 s, while what is left of
+    # laying out the weights needs none.
+    tokenizer = await asyncio.to_thread(Tokenizer.from_file, vocabulary)
+    log.info("weights and tokenizer loaded, warming up")
+    await asyncio.to_thread(runner.warm_up)
     on_end = tracing.record if tracing is not None else lambda request: None
     engine = Engine(runner, tokenizer, template, config, on_end)
     log.info(

@@ -54,6 +54,10 @@ class StepRunner(Protocol):
     #: launched meanwhile, with rows whose last token is ``unknown``.
     runs_ahead: bool
 
+    def warm_up(self) -> None:
+        """Wait for what loading left to do, and run steps until they cost what they will."""
+        ...
+
     def takes_unknown(self, sampling: SamplingParams) -> bool:
         """Whether a token with these parameters can be drawn behind an ``unknown`` one."""
         ...

@@ -43,6 +43,9 @@ class EchoRunner:
         if self.mode == "loading":
             time.sleep(600)
 
+    def warm_up(self) -> None:
+        pass
+
     def execute(self, plan: StepPlan) -> StepResult:
         if self.mode == "fails":
             raise ArithmeticError("nothing works")

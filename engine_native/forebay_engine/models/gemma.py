@@ -43,12 +43,13 @@ class Gemma2:
         self._embedding = weights.take("model.embed_tokens.weight", *shape)
         # Rounded to the weights' type first: for 640 in bf16 25.25, not 25.298.
         self._embed_scale = float(torch.tensor(config.hidden_size**0.5).to(self._embedding))
+        # Before the layers: it takes longest to lay out, and they are read meanwhile.
+        self._head = head(config, weights, self._embedding)
         self._rotary = Rotary(config.rope, config, weights.device)
         self._rotary_local = Rotary(config.rope_local, config, weights.device)
         self._sliding = config.sliding
         self._layers = [self._layer(config, weights, i) for i in range(config.num_layers)]
         self._norm = _norm(config, weights, "model.norm")
-        self._head = head(config, weights, self._embedding)
         self._softcap = config.final_logit_softcapping
 
     def _layer(self, config: ModelConfig, weights: Weights, index: int) -> ResidualLayer:

@@ -40,10 +40,11 @@ class Llama:
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         shape = (config.vocab_size, config.hidden_size)
         self._embedding = weights.take("model.embed_tokens.weight", *shape)
+        # Before the layers: it takes longest to lay out, and they are read meanwhile.
+        self._head = head(config, weights, self._embedding)
         self._rotary = Rotary(config.rope, config, weights.device)
         self._layers = [self._layer(config, weights, i) for i in range(config.num_layers)]
         self._norm = _norm(config, weights, "model.norm")
-        self._head = head(config, weights, self._embedding)
 
     def _layer(self, config: ModelConfig, weights: Weights, index: int) -> ResidualLayer:
         prefix = f"model.layers.{index}"
