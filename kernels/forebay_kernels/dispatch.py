@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -192,44 +194,35 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,  # [heads]
+    key_scale: Tensor | None = None,  # [kv_heads] float32
+    value_scale: Tensor | None = None,  # [kv_heads] float32
 ) -> Tensor:
     """Attention of a mixed batch over the paged cache; see ``reference.paged_attention``."""
-    if sinks is not None:  # few models have them, and no faster operator knows them
-        return reference.paged_attention(
-            query,
-            keys,
-            values,
-            batch,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-        )
-    dense = query.stride()[1:] == (query.shape[2], 1)
-    if dense and not has_triton(query) and compiled.takes_cache(keys, query.shape[2]):
+    _check_scales(keys, key_scale, value_scale)
+    settings: dict[str, Any] = {
+        "scale": scale,
+        "window": window,
+        "softcap": softcap,
+        "sinks": sinks,
+        "key_scale": key_scale,
+        "value_scale": value_scale,
+    }
+    plain = sinks is None and query.stride()[1:] == (query.shape[2], 1)
+    if plain and not has_triton(query) and compiled.takes_cache(keys, query.shape[2]):
         return compiled.paged_attention(
             query, keys, values, batch, scale=scale, window=window, softcap=softcap
         )
-    out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     first_row = 0
     if has_triton(query):
         from forebay_kernels.gpu.decode_attention import decode_attention
 
         first_row = batch.num_decodes
-        decode_attention(
-            query, keys, values, out, batch, scale=scale, window=window, softcap=softcap
-        )
-    eager.paged_attention(
-        query,
-        keys,
-        values,
-        out,
-        batch,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        first_row=first_row,
-    )
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        decode_attention(query, keys, values, out, batch, **settings)
+    else:
+        out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
+    if first_row < batch.num_rows:
+        eager.paged_attention(query, keys, values, out, batch, first_row=first_row, **settings)
     return out
 
 

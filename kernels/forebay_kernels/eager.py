@@ -14,6 +14,7 @@ from torch import Tensor
 
 from forebay_kernels.batch import PagedBatch
 from forebay_kernels.gather import Gather, plan_gathers
+from forebay_kernels.reference import wide
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
@@ -114,6 +115,9 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,  # [heads]
+    key_scale: Tensor | None = None,  # [kv_heads] float32
+    value_scale: Tensor | None = None,  # [kv_heads] float32
     first_row: int = 0,
 ) -> None:
     """Write the attention of rows from ``first_row`` on to ``out``; others are left alone."""
@@ -127,15 +131,20 @@ def paged_attention(
     kv_heads = keys.shape[0]
     grouped = query.view(tokens, kv_heads, heads // kv_heads, dim)
     target = out.view(grouped.shape)
+    if sinks is not None:
+        sinks = sinks.view(kv_heads, -1, 1, 1)
     for part in plan:
-        queries, k, v = grouped[part.tokens], part.read(keys), part.read(values)
+        queries = grouped[part.tokens]
+        k = part.read(keys, query.dtype, key_scale)
+        v = part.read(values, query.dtype, value_scale)
         if len(queries) == part.rows:  # a query a row: [kv_heads, rows, group, dim]
-            found = _attend(queries.transpose(0, 1), k, v, part.mask, scale, softcap)
+            by_row = None if sinks is None else sinks.transpose(1, 2)
+            found = _attend(queries.transpose(0, 1), k, v, part.mask, scale, softcap, by_row)
             target[part.tokens] = found.transpose(0, 1)
         else:  # a chunk: [kv_heads, group, count, dim]
             q = queries.permute(1, 2, 0, 3)
             k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
-            found = _attend(q, k, v, part.mask, scale, softcap)
+            found = _attend(q, k, v, part.mask, scale, softcap, sinks)
             target[part.tokens] = found.permute(2, 0, 1, 3)
 
 
@@ -146,12 +155,18 @@ def _attend(
     mask: Tensor | None,  # [n or 1, queries or 1, slots]; None: all is seen
     scale: float,
     softcap: float | None,
+    sinks: Tensor | None,  # [kv_heads, n or 1, queries or 1, 1]
 ) -> Tensor:
     if mask is not None:
         mask = mask.expand(*q.shape[:3], k.shape[2])
-    if softcap is None:
+    if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    scores = (q.float() @ k.float().transpose(2, 3)).mul_(scale / softcap).tanh_().mul_(softcap)
+    scores = (wide(q) @ wide(k).transpose(2, 3)).mul_(scale)
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
     if mask is not None:
         scores.masked_fill_(~mask, float("-inf"))
-    return (scores.softmax(-1) @ v.float()).to(q.dtype)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.to(scores.dtype).expand(*scores.shape[:3], 1)), dim=-1)
+    likely = scores.softmax(-1)[..., : k.shape[2]]
+    return (likely @ wide(v)).to(q.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from forebay_kernels.batch import PagedBatch
-from forebay_kernels.reference import visible
+from forebay_kernels.reference import visible, wide
 
 #: Keys gathered at once. Up to 32 MiB glibc reuses freed memory (a fresh 67 MB costs 36 ms in page
 #: faults); 4 MiB also stays in the cache until it is read again.
@@ -35,15 +35,18 @@ class Gather:
     #: Which slots are seen; None: all.
     mask: Tensor | None  # [rows, 1, slots] for decode rows, [1, count, slots] for a chunk
 
-    def read(self, cache: Tensor) -> Tensor:
-        """The slots of every row: ``[kv_heads, rows, slots, head_dim]``."""
+    def read(self, cache: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+        """The slots of every row, times ``scale``: ``[kv_heads, rows, slots, head_dim]``."""
         heads, _, block_size, dim = cache.shape
         if self.pages is None:
             found = cache.narrow(1, self.first_page, self.pages_per_row)
         else:
             found = cache.index_select(1, self.pages)
-            if self.stale is not None:
-                found.view(heads, -1, dim).index_fill_(1, self.stale, 0)
+        if scale is not None:
+            found = wide(found) * scale.view(-1, 1, 1, 1)
+        found = found.to(dtype)
+        if self.stale is not None:  # only where slots were gathered: ``found`` is a copy
+            found.view(heads, -1, dim).index_fill_(1, self.stale, 0)
         found = found.view(heads, self.rows, self.pages_per_row * block_size, dim)
         return found[:, :, self.slots]
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from forebay_kernels import PagedBatch, dispatch
+from forebay_kernels import PagedBatch, dispatch, reference
 from forebay_kernels.cpu import operators
+
+#: Relative error of attention in each type, and what bounds it: rounding of probabilities and sum.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -31,10 +34,28 @@ class Case:
     keys: Tensor  # [kv_heads, pages, block_size, head_dim]
     values: Tensor  # [kv_heads, pages, block_size, head_dim]
     batch: PagedBatch
+    #: ``key_scale`` and ``value_scale``, each ``[kv_heads]``, if the cache holds quotients.
+    scales: dict[str, Tensor] = field(default_factory=dict)
 
-    def wide(self) -> Case:
-        """The same in float64."""
-        return Case(self.query.double(), self.keys.double(), self.values.double(), self.batch)
+    def in_fp8(self) -> Case:
+        """The same with a cache in FP8: slots that no row holds are NaN still."""
+        limit = torch.finfo(torch.float8_e4m3fn).max
+        caches, scales = [], {}
+        for name, cache in (("key_scale", self.keys), ("value_scale", self.values)):
+            largest = cache.float().nan_to_num().abs().amax((1, 2, 3))  # [kv_heads]
+            scales[name] = largest / limit
+            quotient = cache.float() / scales[name].view(-1, 1, 1, 1)
+            caches.append(quotient.to(torch.float8_e4m3fn))
+        return replace(self, keys=caches[0], values=caches[1], scales=scales)
+
+    def assert_near(self, got: Tensor, **settings: Any) -> None:
+        """``got`` is what the reference finds in float64, but for roundings of its type."""
+        caches = self.keys.double(), self.values.double()
+        settings |= self.scales
+        want = reference.paged_attention(self.query.double(), *caches, self.batch, **settings)
+        assert got.dtype == self.query.dtype
+        error = (got.double() - want).norm() / want.norm()
+        assert error < TOLERANCE[got.dtype], f"relative error {error:.2e}"
 
 
 MakeCase = Callable[..., Case]

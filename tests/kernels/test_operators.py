@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -166,3 +169,21 @@ def test_kv_store_writes_its_slots_and_nothing_else(slots: list[int]) -> None:
     for token, slot in enumerate(slots):
         if slot >= 0:
             assert torch.equal(stores[0][1][:, slot // 4, slot % 4], value[token])
+
+
+@pytest.mark.parametrize("store", [kernels.kv_store, reference.kv_store])
+def test_kv_store_saturates_in_fp8(store: Any) -> None:
+    """Quotients by each head's scale; what is too large is the largest number, never NaN."""
+    keys, values = (torch.zeros((2, 3, 4, 6), dtype=torch.float8_e4m3fn) for _ in range(2))
+    x = torch.tensor([1.0, -3.3, 448.0, 464.1, -1e30, math.inf]).expand(2, 2, 6).bfloat16()
+    scales = {"key_scale": torch.tensor([1.0, 0.5]), "value_scale": torch.tensor([2.0, 4.0])}
+    store(x, -x, keys, values, torch.tensor([-1, 5]), **scales)
+    held = torch.zeros(3, 4, dtype=torch.bool)
+    held[1, 1] = True
+    for cache, x0, scale in ((keys, x, "key_scale"), (values, -x, "value_scale")):
+        assert not cache.float()[:, ~held].any()
+        for head in range(2):
+            want = (x0[0, head].float() / scales[scale][head]).clamp(-448.0, 448.0)
+            got = cache[head, 1, 1].float()
+            torch.testing.assert_close(got, want, rtol=1 / 16, atol=2**-10)
+            assert got.abs().max() == 448.0

@@ -1,13 +1,18 @@
-"""Decode attention over a paged cache, in Triton: one query a row, its keys split among programs.
+"""Decode attention over a paged cache, in Triton: one query a row, long rows split among programs.
 
-For a row, a KV head and a share ``i`` of the row's visible slots ``S_i`` the first kernel computes
+For a row, a KV head and a part ``i`` of the row's visible slots ``S_i`` the first kernel computes
 
     s = scale * q k^T (capped to softcap * tanh(s / softcap) if asked)
     m_i = max s,   l_i = sum exp(s - m_i),   o_i = sum exp(s - m_i) v
 
-and the second joins the shares: ``out = sum_i w_i o_i / sum_i w_i l_i``, ``w_i = exp(m_i - max m)``
+and the second joins the parts: ``out = sum_i w_i o_i / sum_i w_i l_i``, ``w_i = exp(m_i - max m)``
 (Flash-Decoding: Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). All
-query heads of a KV head are rows of one tile, so each key and value is read once.
+query heads of a KV head are rows of one tile, so each key and value is read once. An attention sink
+is a slot of the first part whose value is 0. Of an FP8 cache keys and values become float16, which
+holds each of them exactly, and their scales go into ``scale`` and into ``o_i``.
+
+The launch depends on the number of rows alone; ``decode_parts`` says which part is a program's own.
+A row that is not split is written at once. Programs beyond the last part return.
 """
 
 from __future__ import annotations
@@ -20,162 +25,278 @@ import triton.language as tl
 from torch import Tensor
 
 from forebay_kernels.batch import PagedBatch
+from forebay_kernels.gpu.decode_parts import find, low_of, tiles_of
 from forebay_kernels.gpu.tuning import choose
 
 #: Rows that a matrix instruction takes at least; smaller groups are padded.
 _LEAST_ROWS = 16
-#: Programs that fill the device: two for each of an H200's 132 multiprocessors.
-_PROGRAMS = 264
-#: Shares of one row at most, so that joining them stays cheap.
-_MOST_SPLITS = 32
+#: Parts of one row at most: their weights are one vector in the second kernel.
+_MOST_PARTS = 128
+#: Lengths that a program reads at once.
+_ROWS = 256
+#: Values that a program of the second kernel loads at once: 64 registers of each thread.
+_JOINED = 8192
 
 
 @triton.jit
+def _pages(
+    table: tl.tensor,  # [max_pages] int32
+    start: tl.tensor,
+    end: tl.tensor,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+) -> tl.tensor:
+    """Where the tile from ``start`` on lies: one page if pages hold whole tiles, or one a slot."""
+    position = start
+    if BLOCK_SIZE % TILE:
+        position = start + tl.arange(0, TILE)
+    return tl.load(table + position // BLOCK_SIZE, mask=position < end, other=0).to(tl.int64)
+
+
+@triton.jit
+def _exponents(
+    s: tl.tensor,  # [group, tile] float32: q k^T
+    scale: tl.tensor,
+    softcap: tl.tensor,
+    SOFTCAP: tl.constexpr,
+    LOG2_E: tl.constexpr,
+) -> tl.tensor:
+    """Scores as exponents of 2: exp2 is one instruction, exp a multiplication more."""
+    if SOFTCAP:
+        # tanh from exp(-2 |x|), which cannot overflow.
+        s *= scale / softcap
+        decay = tl.exp2(-2.0 * LOG2_E * tl.abs(s))
+        limit = softcap * LOG2_E
+        s = tl.where(s < 0.0, -limit, limit) * (1.0 - decay) / (1.0 + decay)
+    else:
+        s *= scale * LOG2_E
+    return s
+
+
+@triton.jit
+def _e4m3(bits: tl.tensor) -> tl.tensor:
+    """The low byte of each as an FP8 number."""
+    return (bits & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+
+
+@triton.jit
+def _write(
+    o: tl.tensor,  # [group, lanes] float32
+    parts: tl.tensor,
+    out: tl.tensor,  # pointers [group, lanes]
+    partial: tl.tensor,  # pointers [group, lanes] float32
+    mask: tl.tensor,
+) -> None:
+    if parts == 1:
+        tl.store(out, o.to(out.dtype.element_ty), mask=mask)
+    else:
+        tl.store(partial, o, mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "parts_aim", "tables_row"])
 def _split_kernel(
     query: tl.tensor,  # [rows, heads, dim]
     keys: tl.tensor,  # [kv_heads, pages, block_size, dim]
     values: tl.tensor,  # [kv_heads, pages, block_size, dim]
     block_tables: tl.tensor,  # [rows, max_pages] int32
     lengths: tl.tensor,  # [rows] int32
-    partial: tl.tensor,  # [rows, heads, splits, dim] float32: o_i
-    highest: tl.tensor,  # [rows, heads, splits] float32: m_i, in powers of two
-    total: tl.tensor,  # [rows, heads, splits] float32: l_i
+    sinks: tl.tensor | None,  # [heads]
+    key_scale: tl.tensor | None,  # [kv_heads] float32
+    value_scale: tl.tensor | None,  # [kv_heads] float32
+    out: tl.tensor,  # [rows, heads, dim]
+    partial: tl.tensor,  # [programs, heads, dim] float32: o_i
+    highest: tl.tensor,  # [programs, heads] float32: m_i, in powers of two
+    total: tl.tensor,  # [programs, heads] float32: l_i
+    spans: tl.tensor,  # [rows, 2] int32: the program of a row's first part, and its parts
+    rows: tl.tensor,
+    parts_aim: tl.tensor,
     scale: tl.tensor,
     softcap: tl.tensor,
     query_row: tl.tensor,
     query_head: tl.tensor,
-    keys_head: tl.tensor,
-    keys_page: tl.tensor,
-    keys_slot: tl.tensor,
-    values_head: tl.tensor,
-    values_page: tl.tensor,
-    values_slot: tl.tensor,
+    out_row: tl.tensor,
+    out_head: tl.tensor,
+    cache_head: tl.tensor,
+    cache_page: tl.tensor,
+    cache_slot: tl.tensor,
     tables_row: tl.tensor,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,  # 0: none
     SOFTCAP: tl.constexpr,
+    FP8: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     TILE: tl.constexpr,
+    MOST_PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
     LOG2_E: tl.constexpr,
 ) -> None:
-    row = tl.program_id(0)
-    kv_head = tl.program_id(1).to(tl.int64)  # with it a cache may be over 2^31 values
-    split = tl.program_id(2)
+    kv_head = tl.program_id(0)
+    program = tl.program_id(1)
+    row, first, parts = find(program, lengths, rows, parts_aim, TILE, WINDOW, MOST_PARTS, ROWS)
+    if row >= rows:
+        return
+    part = program - first
+    if (kv_head == 0) & (part == 0):
+        tl.store(spans + 2 * row, first)
+        tl.store(spans + 2 * row + 1, parts)
 
     length = tl.load(lengths + row)
-    low = 0
-    if WINDOW > 0:
-        low = tl.maximum(length - WINDOW, 0)
-    share = tl.cdiv(tl.cdiv(length - low, TILE), SPLITS) * TILE
-    begin = low + split * share
-    end = tl.minimum(begin + share, length)
+    low = low_of(length, WINDOW)
+    tiles = tiles_of(length, TILE, WINDOW)
+    begin = (low // TILE + part * tiles // parts) * TILE
+    end = tl.minimum((low // TILE + (part + 1) * tiles // parts) * TILE, length)
 
     member = tl.arange(0, GROUP_PADDED)
     head = kv_head * GROUP + member
-    lane = tl.arange(0, DIM_PADDED)
     in_group = member < GROUP
+    lane = tl.arange(0, DIM_PADDED)
     in_dim = lane < DIM
     q = tl.load(  # [GROUP_PADDED, DIM_PADDED]
         query + row * query_row + head[:, None] * query_head + lane[None, :],
         mask=in_group[:, None] & in_dim[None, :],
         other=0.0,
     )
+    if key_scale is not None:
+        scale *= tl.load(key_scale + kv_head)
 
+    column = tl.arange(0, TILE)
     m = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
-    l = tl.zeros([GROUP_PADDED], tl.float32)  # noqa: E741 - the name in the formula
-    o = tl.zeros([GROUP_PADDED, DIM_PADDED], tl.float32)
+    # A sum for each column of a tile: adding them up once saves two barriers a tile.
+    l = tl.zeros([GROUP_PADDED, TILE], tl.float32)  # noqa: E741 - the name in the formula
+    if sinks is not None:
+        sink = tl.load(sinks + head, mask=in_group, other=0.0).to(tl.float32) * LOG2_E
+        m = tl.where(part == 0, sink, m)
+        l += tl.where((column == 0) & (part == 0), 1.0, 0.0)[None, :]  # noqa: E741
+    if FP8:
+        # A matrix instruction takes values of neighbouring slots in one register, and only pairs of
+        # bytes can be turned while they are loaded: values of even and odd dims apart.
+        q = q.to(tl.float16)
+        pairs = values.to(tl.pointer_type(tl.int16))
+        pair_lane = tl.arange(0, DIM_PADDED // 2)
+        in_pairs = pair_lane < DIM // 2
+        o = tl.zeros([GROUP_PADDED, DIM_PADDED // 2], tl.float32)
+        o_odd = tl.zeros([GROUP_PADDED, DIM_PADDED // 2], tl.float32)
+    else:
+        o = tl.zeros([GROUP_PADDED, DIM_PADDED], tl.float32)
+
+    cache = kv_head.to(tl.int64) * cache_head  # with it a cache may be over 2^31 values
+    table = block_tables + row * tables_row
+    # The pages of a tile are loaded one tile ahead: the loads of its slots wait for nothing, and
+    # so the compiler keeps several tiles of them under way.
+    page = _pages(table, begin, end, BLOCK_SIZE, TILE)
     for start in range(begin, end, TILE):
-        position = start + tl.arange(0, TILE)
+        position = start + column
         held = position < end
-        page = tl.load(
-            block_tables + row * tables_row + position // BLOCK_SIZE, mask=held, other=0
-        ).to(tl.int64)
-        slot = position % BLOCK_SIZE
+        if WINDOW > 0:
+            held &= position >= low
+        slot = cache + page * cache_page + position % BLOCK_SIZE * cache_slot
+        page = _pages(table, start + TILE, end, BLOCK_SIZE, TILE)
         # Slots that are not held are never loaded: they may hold NaN, which no weight removes.
-        wanted = held[:, None] & in_dim[None, :]
         k = tl.load(  # [TILE, DIM_PADDED]
-            keys
-            + kv_head * keys_head
-            + page[:, None] * keys_page
-            + slot[:, None] * keys_slot
-            + lane[None, :],
-            mask=wanted,
+            keys + slot[:, None] + lane[None, :],
+            mask=held[:, None] & in_dim[None, :],
             other=0.0,
         )
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [GROUP_PADDED, TILE]
-        if SOFTCAP:
-            # tanh from exp(-2 |x|), which cannot overflow.
-            decay = tl.exp2(-2.0 * LOG2_E * tl.abs(s / softcap))
-            s = tl.where(s < 0.0, -softcap, softcap) * (1.0 - decay) / (1.0 + decay)
-        s = tl.where(held[None, :], s * LOG2_E, float("-inf"))
+        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)  # [GROUP_PADDED, TILE]
+        s = _exponents(s, scale, softcap, SOFTCAP, LOG2_E)
+        s = tl.where(held[None, :], s, float("-inf"))
         m_next = tl.maximum(m, tl.max(s, 1))  # finite: each tile holds a slot
         p = tl.exp2(s - m_next[:, None])
-        shrink = tl.exp2(m - m_next)
-        v = tl.load(  # [TILE, DIM_PADDED]
-            values
-            + kv_head * values_head
-            + page[:, None] * values_page
-            + slot[:, None] * values_slot
-            + lane[None, :],
-            mask=wanted,
-            other=0.0,
-        )
-        l = l * shrink + tl.sum(p, 1)  # noqa: E741 - the name in the formula
-        o = o * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        shrink = tl.exp2(m - m_next)[:, None]
+        l = l * shrink + p  # noqa: E741 - the name in the formula
         m = m_next
+        if FP8:
+            pair = tl.load(  # [TILE, DIM_PADDED / 2]
+                pairs + (slot // 2)[:, None] + pair_lane[None, :],
+                mask=held[:, None] & in_pairs[None, :],
+                other=0,
+            )
+            o = tl.dot(p.to(q.dtype), _e4m3(pair), o * shrink)
+            o_odd = tl.dot(p.to(q.dtype), _e4m3(pair >> 8), o_odd * shrink)
+        else:
+            v = tl.load(  # [TILE, DIM_PADDED]
+                values + slot[:, None] + lane[None, :],
+                mask=held[:, None] & in_dim[None, :],
+                other=0.0,
+            )
+            o = tl.dot(p.to(v.dtype), v, o * shrink, input_precision=PRECISION)
 
-    place = (row * HEADS + head) * SPLITS + split
-    tl.store(highest + place, m, mask=in_group)
-    tl.store(total + place, l, mask=in_group)
-    tl.store(
-        partial + place[:, None] * DIM + lane[None, :],
-        o,
-        mask=in_group[:, None] & in_dim[None, :],
-    )
+    whole = tl.sum(l, 1)
+    place = program * HEADS + head
+    if parts > 1:
+        tl.store(highest + place, m, mask=in_group)
+        tl.store(total + place, whole, mask=in_group)
+    # A row that is not split is finished here; one of length 0 has no sum, and gets zeros.
+    unit = tl.where(parts > 1, 1.0, 1.0 / tl.where(whole > 0.0, whole, 1.0))
+    if value_scale is not None:
+        unit *= tl.load(value_scale + kv_head)
+    o *= unit[:, None]
+    to_out = (out + row * out_row + head * out_head)[:, None]
+    to_partial = (partial + place * DIM)[:, None]
+    if FP8:
+        mask = in_group[:, None] & in_pairs[None, :]
+        even = 2 * pair_lane[None, :]
+        o_odd *= unit[:, None]
+        _write(o, parts, to_out + even, to_partial + even, mask)
+        _write(o_odd, parts, to_out + even + 1, to_partial + even + 1, mask)
+    else:
+        mask = in_group[:, None] & in_dim[None, :]
+        _write(o, parts, to_out + lane[None, :], to_partial + lane[None, :], mask)
 
 
 @triton.jit
 def _join_kernel(
-    partial: tl.tensor,  # [rows, heads, splits, dim] float32
-    highest: tl.tensor,  # [rows, heads, splits] float32
-    total: tl.tensor,  # [rows, heads, splits] float32
+    partial: tl.tensor,  # [programs, heads, dim] float32
+    highest: tl.tensor,  # [programs, heads] float32
+    total: tl.tensor,  # [programs, heads] float32
+    spans: tl.tensor,  # [rows, 2] int32
     out: tl.tensor,  # [rows, heads, dim]
     out_row: tl.tensor,
     out_head: tl.tensor,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
     DIM_PADDED: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
+    MOST_PARTS: tl.constexpr,
+    AT_ONCE: tl.constexpr,  # parts whose values are loaded together
 ) -> None:
     row = tl.program_id(0)
     head = tl.program_id(1)
-    place = (row * HEADS + head) * SPLITS
-    split = tl.arange(0, SPLITS_PADDED)
-    lane = tl.arange(0, DIM_PADDED)
-    in_dim = lane < DIM
+    parts = tl.load(spans + 2 * row + 1)
+    if parts == 1:
+        return
+    first = tl.load(spans + 2 * row) * HEADS + head
 
-    m = tl.load(highest + place + split, mask=split < SPLITS, other=float("-inf"))
-    top = tl.max(m, 0)
-    # A row without slots has no maximum; its weights are 0 and so is its output.
-    weight = tl.exp2(m - tl.where(top == float("-inf"), 0.0, top))
-    whole = tl.sum(weight * tl.load(total + place + split, mask=split < SPLITS, other=0.0), 0)
-    o = tl.load(  # [SPLITS_PADDED, DIM_PADDED]
-        partial + (place + split)[:, None] * DIM + lane[None, :],
-        mask=(split < SPLITS)[:, None] & in_dim[None, :],
-        other=0.0,
+    part = tl.arange(0, MOST_PARTS)
+    m = tl.load(highest + first + part * HEADS, mask=part < parts, other=float("-inf"))
+    l = tl.load(  # noqa: E741 - the name in the formula
+        total + first + part * HEADS, mask=part < parts, other=0.0
     )
-    joined = tl.sum(weight[:, None] * o, 0) / tl.where(whole > 0.0, whole, 1.0)
+    top = tl.max(m, 0)  # finite: each part holds a slot
+    whole = tl.sum(tl.exp2(m - top) * l, 0)
+
+    lane = tl.arange(0, DIM_PADDED)
+    joined = tl.zeros([DIM_PADDED], tl.float32)
+    for start in range(0, parts, AT_ONCE):
+        some = start + tl.arange(0, AT_ONCE)
+        there = some < parts
+        weight = tl.exp2(
+            tl.load(highest + first + some * HEADS, mask=there, other=float("-inf")) - top
+        )
+        o = tl.load(  # [AT_ONCE, DIM_PADDED]
+            partial + (first + some * HEADS)[:, None] * DIM + lane[None, :],
+            mask=there[:, None] & (lane < DIM)[None, :],
+            other=0.0,
+        )
+        joined += tl.sum(weight[:, None] * o, 0)
     tl.store(
         out + row * out_row + head * out_head + lane,
-        joined.to(out.dtype.element_ty),
-        mask=in_dim,
+        (joined / whole).to(out.dtype.element_ty),
+        mask=lane < DIM,
     )
 
 
@@ -189,52 +310,71 @@ def decode_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    splits: int | None = None,
+    sinks: Tensor | None = None,  # [heads]
+    key_scale: Tensor | None = None,  # [kv_heads] float32
+    value_scale: Tensor | None = None,  # [kv_heads] float32
 ) -> None:
-    """Write the decode rows' attention to ``out``; see ``reference.paged_attention``.
-
-    ``splits`` programs share a row's slots; None: as many as fill the device.
-    """
+    """Write the decode rows' attention to ``out``; see ``reference.paged_attention``."""
     rows, heads, dim = batch.num_decodes, query.shape[1], query.shape[2]
     kv_heads, _, block_size, _ = keys.shape
+    fp8 = keys.dtype == torch.float8_e4m3fn
     for name, tensor in (("query", query), ("keys", keys), ("values", values), ("out", out)):
         if tensor.stride(-1) != 1:
             raise ValueError(f"{name}: head_dim must be contiguous")
+    if values.stride() != keys.stride():
+        raise ValueError("values: strides must be those of keys")
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads cannot share {kv_heads} KV heads")
+    if fp8 and any(stride % 2 for stride in keys.stride()[:3]):
+        raise ValueError("keys: of an FP8 cache the strides must be even, and head_dim so too")
     if rows == 0:
         return
-    chosen = choose("decode_attention", query.device, dim=dim)
-    tile = chosen["tile"]
-    splits = splits or _splits(max(batch.seq_lens[:rows]), rows * kv_heads, window, tile)
+    dim_padded = max(16, triton.next_power_of_2(dim))
     group = heads // kv_heads
-    partial = torch.empty((rows, heads, splits, dim), dtype=torch.float32, device=query.device)
-    highest, total = torch.empty((2, rows, heads, splits), dtype=torch.float32, device=query.device)
-    _split_kernel[(rows, kv_heads, splits)](
+    chosen = choose("decode_attention", query.device, slot_bytes=dim_padded * keys.element_size())
+    # Of shapes and bounds alone: a captured graph replays this launch with other lengths.
+    most_tiles = rows * -(-max(batch.seq_lens[:rows]) // chosen["tile"])
+    parts_aim = max(1, min(-(-chosen["programs"] // kv_heads), most_tiles))
+    programs = parts_aim + rows  # splitting rows evenly needs at most one more for each
+    partial, highest, total = (
+        torch.empty((programs, heads, *more), dtype=torch.float32, device=query.device)
+        for more in ((dim,), (), ())
+    )
+    spans = torch.empty((rows, 2), dtype=torch.int32, device=query.device)
+    _split_kernel[(kv_heads, programs)](
         query,
         keys,
         values,
         batch.block_tables,
         batch.lengths,
+        sinks,
+        key_scale,
+        value_scale,
+        out,
         partial,
         highest,
         total,
+        spans,
+        rows,
+        parts_aim,
         scale,
         softcap or 0.0,
         *query.stride()[:2],
+        *out.stride()[:2],
         *keys.stride()[:3],
-        *values.stride()[:3],
         batch.block_tables.stride(0),
         HEADS=heads,
         GROUP=group,
         DIM=dim,
         BLOCK_SIZE=block_size,
-        SPLITS=splits,
         WINDOW=window or 0,
         SOFTCAP=softcap is not None,
+        FP8=fp8,
         GROUP_PADDED=max(_LEAST_ROWS, triton.next_power_of_2(group)),
-        DIM_PADDED=max(16, triton.next_power_of_2(dim)),
-        TILE=tile,
+        DIM_PADDED=dim_padded,
+        TILE=chosen["tile"],
+        MOST_PARTS=_MOST_PARTS,
+        ROWS=_ROWS,
         # Full float32: the default rounds its factors to 10 bits of mantissa.
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         LOG2_E=math.log2(math.e),
@@ -245,18 +385,12 @@ def decode_attention(
         partial,
         highest,
         total,
+        spans,
         out,
         *out.stride()[:2],
         HEADS=heads,
         DIM=dim,
-        SPLITS=splits,
-        DIM_PADDED=max(16, triton.next_power_of_2(dim)),
-        SPLITS_PADDED=triton.next_power_of_2(splits),
+        DIM_PADDED=dim_padded,
+        MOST_PARTS=_MOST_PARTS,
+        AT_ONCE=max(1, min(_MOST_PARTS, _JOINED // dim_padded)),
     )
-
-
-def _splits(longest: int, programs: int, window: int | None, tile: int) -> int:
-    """Shares of a row that fill the device, none of them without a tile."""
-    seen = longest if window is None else min(longest, window)
-    tiles = -(-seen // tile)
-    return max(1, min(-(-_PROGRAMS // programs), tiles, _MOST_SPLITS))

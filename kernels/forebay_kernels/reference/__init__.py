@@ -27,6 +27,7 @@ from forebay_kernels.reference.layers import (
     rotary_angles,
     select_rms_norm,
     silu_mul,
+    wide,
 )
 from forebay_kernels.reference.sampling import sample
 from forebay_kernels.reference.step_inputs import scatter, step_inputs
@@ -51,4 +52,5 @@ __all__ = [
     "silu_mul_fp8",
     "step_inputs",
     "visible",
+    "wide",
 ]

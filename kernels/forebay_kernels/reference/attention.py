@@ -21,13 +21,16 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,  # [heads]
+    key_scale: Tensor | None = None,  # [kv_heads] float32
+    value_scale: Tensor | None = None,  # [kv_heads] float32
 ) -> Tensor:
     """Causal attention of each row's tokens to the row's cached tokens, found by its block table.
 
     ``softmax(cap(scale * q k^T)) v`` with ``cap(s) = softcap * tanh(s / softcap)``; a token at
     position ``p`` sees positions ``max(0, p - window + 1) .. p``. Query head ``h`` reads KV head
     ``h // (heads / kv_heads)``. A row of length 0 gives zeros. ``sinks`` are scores of a token more
-    in each head, whose value is 0 (https://arxiv.org/abs/2508.10925).
+    in each head, whose value is 0 (https://arxiv.org/abs/2508.10925). With scales, as an FP8 cache
+    has, a key is ``key_scale`` times what is stored, and a value ``value_scale`` times.
     """
     out = torch.zeros_like(query)
     group = query.shape[1] // keys.shape[0]
@@ -36,8 +39,9 @@ def paged_attention(
         if length == 0:
             continue
         tokens = slice(batch.query_starts[row], batch.query_starts[row + 1])
-        k = _row_cache(keys, batch, row).repeat_interleave(group, dim=0)  # [heads, length, dim]
-        v = _row_cache(values, batch, row).repeat_interleave(group, dim=0)
+        k = _row_cache(keys, key_scale, batch, row)  # [kv_heads, length, dim]
+        v = _row_cache(values, value_scale, batch, row)
+        k, v = (x.repeat_interleave(group, dim=0) for x in (k, v))  # [heads, length, dim]
         q = wide(query[tokens]).transpose(0, 1)  # [heads, count, dim]
         scores = scale * (q @ k.transpose(1, 2))  # [heads, count, length]
         if softcap is not None:
@@ -59,7 +63,8 @@ def visible(start: int, length: int, window: int | None, device: torch.device) -
     return seen if window is None else seen & (other > position - window)
 
 
-def _row_cache(cache: Tensor, batch: PagedBatch, row: int) -> Tensor:
+def _row_cache(cache: Tensor, scale: Tensor | None, batch: PagedBatch, row: int) -> Tensor:
     length, block_size = batch.seq_lens[row], cache.shape[2]
     pages = batch.block_tables[row, : -(-length // block_size)].long()
-    return wide(cache[:, pages].flatten(1, 2)[:, :length])  # [kv_heads, length, head_dim]
+    found = wide(cache[:, pages].flatten(1, 2)[:, :length])  # [kv_heads, length, head_dim]
+    return found if scale is None else found * scale.view(-1, 1, 1)

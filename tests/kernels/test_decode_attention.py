@@ -1,0 +1,314 @@
+"""Decode attention in Triton against the reference in float64, and as Hopper compiles it."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import forebay_kernels as kernels
+from forebay_kernels import dispatch, eager
+from forebay_kernels.gpu import decode_attention as module
+from forebay_kernels.gpu.decode_attention import decode_attention
+from forebay_kernels.gpu.tuning import choose
+
+#: (tokens held, tokens run): lengths 0 and 1, page edges at 16, and rows long enough to be split.
+DECODES = [(1, 1), (0, 1), (16, 1), (90, 1)]
+#: Fewer heads than the default: the interpreter takes 20 ms a program.
+HEADS = {"heads": 3, "kv_heads": 1}
+
+# Triton 3.9's interpreter multiplies bfloat16 as if its bits were integers: on a GPU only.
+HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``few_programs(n)``: so many share the work, in tiles of 16; the interpreter is slow."""
+
+    def use(programs: int, rows_at_once: int = 4) -> None:
+        chosen = {"tile": 16, "warps": 4, "stages": 2, "programs": programs}
+        monkeypatch.setattr(module, "choose", lambda *args, **shape: chosen)
+        monkeypatch.setattr(module, "_ROWS", rows_at_once)
+
+    use(8)
+    return use
+
+
+def attended(case: Any, **settings: Any) -> Tensor:
+    out = torch.full_like(case.query, float("nan"))
+    decode_attention(case.query, case.keys, case.values, out, case.batch, **settings, **case.scales)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("programs", "window", "softcap"),
+    [
+        (2, None, None),  # no row is split
+        (8, None, 2.0),
+        (20, 50, None),  # more programs than tiles: some have no part
+        (4, 1, 2.0),
+    ],
+)
+def test_settings(
+    make_case: Any, few_programs: Any, programs: int, window: int | None, softcap: float | None
+) -> None:
+    few_programs(programs)
+    case = make_case(DECODES, **HEADS)
+    settings: dict[str, Any] = {"scale": 0.125, "window": window, "softcap": softcap}
+    got = attended(case, **settings)
+    case.assert_near(got, **settings)
+    assert not got[1].any()
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "block_size"),
+    [(1, 1, 80, 24), (6, 2, 128, 16), (20, 1, 64, 5), (2, 2, 256, 64), (4, 1, 20, 16)],
+)
+def test_shapes(make_case: Any, heads: int, kv_heads: int, dim: int, block_size: int) -> None:
+    case = make_case([(77, 1)], heads=heads, kv_heads=kv_heads, dim=dim, block_size=block_size)
+    case.assert_near(attended(case, scale=dim**-0.5), scale=dim**-0.5)
+
+
+@pytest.mark.parametrize("block_size", [16, 32])  # several pages a tile, and several tiles a page
+def test_half_precision(make_case: Any, block_size: int) -> None:
+    case = make_case(DECODES, **HEADS, dtype=HALF, block_size=block_size)
+    case.assert_near(attended(case, scale=0.125), scale=0.125)
+
+
+@pytest.mark.parametrize(
+    ("dim", "softcap", "block_size"), [(64, None, 16), (80, 2.0, 24), (128, None, 32)]
+)
+def test_fp8_cache(make_case: Any, dim: int, softcap: float | None, block_size: int) -> None:
+    case = make_case(DECODES, **HEADS, dim=dim, dtype=HALF, block_size=block_size).in_fp8()
+    settings: dict[str, Any] = {"scale": 0.125, "softcap": softcap}
+    case.assert_near(attended(case, **settings), **settings)
+
+
+def test_fp8_numbers_are_all_read(make_case: Any) -> None:
+    """Every finite bit pattern, subnormals and both zeros too, as the value of one held token."""
+    case = make_case([(1, 1)], heads=1, kv_heads=1, dim=256, dtype=HALF, spare_pages=0).in_fp8()
+    bits = torch.arange(256, dtype=torch.uint8)
+    bits[bits & 0x7F == 0x7F] = 0  # NaN
+    case.values.view(torch.uint8)[0, 0, 0] = bits.to(case.values.device)
+    scales = {name: torch.ones_like(scale) for name, scale in case.scales.items()}
+    out = torch.empty_like(case.query)
+    decode_attention(case.query, case.keys, case.values, out, case.batch, scale=1.0, **scales)
+    assert torch.equal(out[0, 0].float(), case.values[0, 0, 0].float())
+
+
+@pytest.mark.parametrize("programs", [1, 8])
+def test_sinks(make_case: Any, few_programs: Any, programs: int) -> None:
+    """Whether a row is split or not they count once, and a sink of -inf not at all."""
+    few_programs(programs)
+    case = make_case(DECODES, **HEADS)
+    sinks = torch.tensor([0.5, 2.0, -torch.inf], device=case.query.device)
+    got = attended(case, scale=0.125, sinks=sinks)
+    case.assert_near(got, scale=0.125, sinks=sinks)
+    assert not got[1].any()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_lengths_are_shared_out(make_case: Any, few_programs: Any, seed: int) -> None:
+    """No part is missing (it would be NaN), whatever the lengths; one program for each row more."""
+    random = torch.Generator().manual_seed(seed)
+    few_programs(1 + seed * 3, rows_at_once=2)
+    lengths = torch.randint(0, 40, (5,), generator=random)
+    lengths[seed] = 200
+    window = 100 if seed % 2 else None
+    rows = [(length, 1) for length in lengths.tolist()]
+    case = make_case(rows, heads=1, kv_heads=1, dim=16)
+    got = attended(case, scale=0.25, window=window)
+    case.assert_near(got, scale=0.25, window=window)
+
+
+def test_a_launch_serves_all_lengths_up_to_its_bounds(make_case: Any) -> None:
+    """As in a captured graph: the host knows bounds, the device lengths; padded rows have none."""
+    case = make_case([(40, 1), (70, 1), (0, 1), (0, 1)], **HEADS)
+    bounds = kernels.PagedBatch(
+        query_starts=case.batch.query_starts,
+        seq_lens=(4096,) * 4,
+        num_decodes=4,
+        block_tables=case.batch.block_tables,
+        lengths=case.batch.lengths,
+        slots=case.batch.slots,
+    )
+    out = torch.full((6, *case.query.shape[1:]), float("nan"), device=case.query.device)
+    decode_attention(case.query, case.keys, case.values, out, bounds, scale=0.125)
+    case.assert_near(out[:4], scale=0.125)
+    assert not out[2:4].any()
+    assert out[4:].isnan().all()  # beyond the rows nothing is written
+
+
+def test_huge_scores(make_case: Any) -> None:
+    """tanh by exponentials must not turn an overflow into NaN, nor exp2 a large maximum."""
+    case = make_case([(90, 1), (1, 1)])
+    settings: dict[str, Any] = {"scale": 1e4, "softcap": 30.0}
+    case.assert_near(attended(case, **settings), **settings)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_pages_beyond_32_bits(make_case: Any, device: torch.device, fp8: bool) -> None:
+    """A page whose first value lies past 2^31 (virtual memory: only what is touched exists)."""
+    page = (1 << 31) // (16 * 64) + 5
+    case = make_case([(20, 1)], heads=2, kv_heads=1, dtype=torch.float16, spare_pages=0)
+    case = case.in_fp8() if fp8 else case
+    moved = torch.tensor([[page, 1]], dtype=torch.int32, device=device)
+    far = []
+    for cache in (case.keys, case.values):
+        large = torch.empty((1, page + 1, 16, 64), dtype=cache.dtype, device=device)
+        large[:, moved[0].long()] = cache[:, case.batch.block_tables[0, :2].long()]
+        far.append(large)
+    batch = kernels.PagedBatch(
+        query_starts=(0, 1),
+        seq_lens=(20,),
+        num_decodes=1,
+        block_tables=moved,
+        lengths=case.batch.lengths,
+        slots=case.batch.slots,
+    )
+    out = torch.empty_like(case.query)
+    decode_attention(case.query, *far, out, batch, scale=0.125, **case.scales)
+    case.assert_near(out, scale=0.125)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_mixed_batch_is_shared_with_eager(
+    make_case: Any, monkeypatch: pytest.MonkeyPatch, fp8: bool
+) -> None:
+    """What a GPU does: decode rows in Triton, chunks eagerly, one output."""
+    monkeypatch.setattr(dispatch, "has_triton", lambda x: True)
+    calls: list[int] = []
+    eagerly = eager.paged_attention
+
+    def watched(*args: Any, first_row: int, **settings: Any) -> None:
+        calls.append(first_row)
+        eagerly(*args, first_row=first_row, **settings)
+
+    monkeypatch.setattr(eager, "paged_attention", watched)
+    case = make_case([*DECODES, (5, 5), (40, 7)], **HEADS, dtype=HALF)
+    case = case.in_fp8() if fp8 else case
+    settings: dict[str, Any] = {"scale": 0.125, "sinks": torch.ones(3, device=case.query.device)}
+    for batch_case in (case, make_case(DECODES, **HEADS, dtype=HALF)):
+        got = kernels.paged_attention(
+            batch_case.query,
+            batch_case.keys,
+            batch_case.values,
+            batch_case.batch,
+            **settings,
+            **batch_case.scales,
+        )
+        batch_case.assert_near(got, **settings)
+    assert calls == [len(DECODES)]  # and none for the batch that only decodes
+
+
+def test_it_names_what_it_cannot_take(make_case: Any) -> None:
+    case = make_case([(5, 1)], heads=4, kv_heads=2)
+    out = torch.empty_like(case.query)
+    strided = case.keys.transpose(2, 3)
+    with pytest.raises(ValueError, match="keys: head_dim must be contiguous"):
+        decode_attention(case.query, strided, case.values, out, case.batch, scale=1.0)
+    with pytest.raises(ValueError, match="values: strides must be those of keys"):
+        decode_attention(case.query, case.keys, case.values[:, ::2], out, case.batch, scale=1.0)
+    with pytest.raises(ValueError, match="3 query heads cannot share 2 KV heads"):
+        decode_attention(
+            case.query[:, :3], case.keys, case.values, out[:, :3], case.batch, scale=1.0
+        )
+    odd = make_case([(5, 1)], dim=15).in_fp8()
+    with pytest.raises(ValueError, match="of an FP8 cache the strides must be even"):
+        attended(odd, scale=1.0)
+
+
+def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
+    found = list(importlib.import_module("decode_attention").cases(device, small=True))
+    assert len(found) == 2
+    for case in found:
+        got, want = case.run().double(), case.reference().double()
+        assert (got - want).norm() / want.norm() < case.tolerance
+
+
+def split_job(
+    heads: int, kv_heads: int, dim: int, block_size: int, *, fp8: bool = False, **more: Any
+) -> dict[str, Any]:
+    """The first kernel as ``decode_attention`` launches it with the table's settings."""
+    padded = max(16, 1 << (dim - 1).bit_length())
+    chosen = choose("decode_attention", torch.device("cpu"), slot_bytes=padded * (1 if fp8 else 2))
+    absent = [] if fp8 else ["key_scale", "value_scale"]
+    return {
+        "kernel": "forebay_kernels.gpu.decode_attention:_split_kernel",
+        "types": {
+            **dict.fromkeys(("query", "out", "sinks"), "*bf16"),
+            **dict.fromkeys(("keys", "values"), "*fp8e4nv" if fp8 else "*bf16"),
+            **dict.fromkeys(("lengths", "block_tables", "spans"), "*i32"),
+            **dict.fromkeys(("partial", "highest", "total"), "*fp32"),
+            **dict.fromkeys(("key_scale", "value_scale"), "*fp32"),
+            **dict.fromkeys(("scale", "softcap"), "fp32"),
+            "cache_head": "i64",
+        },
+        "constants": {
+            **dict.fromkeys(absent),
+            "sinks": None,
+            "HEADS": heads,
+            "GROUP": heads // kv_heads,
+            "DIM": dim,
+            "BLOCK_SIZE": block_size,
+            "WINDOW": 0,
+            "SOFTCAP": False,
+            "FP8": fp8,
+            "GROUP_PADDED": 16,
+            "DIM_PADDED": padded,
+            "TILE": chosen["tile"],
+            "MOST_PARTS": 128,
+            "ROWS": 256,
+            "PRECISION": "tf32",
+            "LOG2_E": 1.4426950408889634,
+            **more,
+        },
+        "aligned": [
+            *("query_row", "query_head", "out_row", "out_head"),
+            *("cache_head", "cache_page", "cache_slot"),
+        ],
+        "warps": chosen["warps"],
+        "stages": chosen["stages"],
+    }
+
+
+@pytest.mark.timeout(180)  # a dozen seconds of compiling where nobody else computes
+def test_hopper_runs_it_from_registers_with_loads_of_16_bytes(compile_for_hopper: Any) -> None:
+    odd = split_job(6, 2, 80, 24, WINDOW=512, SOFTCAP=True)
+    del odd["constants"]["sinks"]
+    split = [
+        split_job(32, 8, 128, 16),  # Llama 3.1 8B
+        split_job(32, 8, 128, 64, fp8=True),
+        split_job(16, 8, 128, 64),  # Qwen3 0.6B
+        split_job(4, 1, 256, 16, WINDOW=512),  # Gemma 3 270M
+        odd,
+    ]
+    join = {
+        "kernel": "forebay_kernels.gpu.decode_attention:_join_kernel",
+        "types": split[0]["types"],
+        "constants": {
+            "HEADS": 32, "DIM": 128, "DIM_PADDED": 128, "MOST_PARTS": 128, "AT_ONCE": 64,
+        },
+        "aligned": ["out_row", "out_head"],
+    }  # fmt: skip
+    found = compile_for_hopper(*split, join)
+    for one in found:
+        assert one.spilled_bytes == 0
+    for one, job in zip(found, split, strict=False):
+        assert "mma.sync" in one.ptx
+        # Two blocks a multiprocessor: 227 KiB of memory and 65,536 registers are shared, and each
+        # block takes 1 KiB for itself.
+        assert 2 * (one.shared_bytes + 1024) <= 227 * 1024
+        assert 2 * 32 * job["warps"] * one.registers <= 65536
+        copies = [line for line in one.ptx.splitlines() if "cp.async" in line and "shared" in line]
+        assert all("cp.async.cg" in line and "0x10" in line for line in copies)
+        # Of a tile's keys and values, so many by each thread, in each of 3 stages and the loop.
+        tile = 2 * job["constants"]["TILE"] * job["constants"]["DIM_PADDED"]
+        size = 1 if job["constants"]["FP8"] else 2
+        assert len(copies) == job["stages"] * tile * size // (16 * 32 * job["warps"])
+    assert "ld.global.v4" in found[-1].ptx or "ld.global.nc.v4" in found[-1].ptx
