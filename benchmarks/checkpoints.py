@@ -175,6 +175,10 @@ def ct_packed(weight: Tensor, *, bits: int = 4, group: int = 128, sym: bool = Tr
     return found
 
 
+#: How the names of layers end; Mixtral's experts have w1, w2 and w3.
+_PROJECTIONS = ("_proj", "lm_head", ".w1", ".w2", ".w3")
+
+
 def rewrite(
     folder: Path, target: Path, config: dict[str, Any], encode: Callable[[Tensor], Tensors]
 ) -> Path:
@@ -194,7 +198,7 @@ def rewrite(
             for name in names:
                 tensor = file.get_tensor(name)
                 layer, _, last = name.rpartition(".")
-                if last == "weight" and (layer.endswith("_proj") or layer == "lm_head"):
+                if last == "weight" and layer.endswith(_PROJECTIONS):
                     tensors |= {f"{layer}.{k}": v for k, v in encode(tensor.float()).items()}
                 else:
                     tensors[name] = tensor

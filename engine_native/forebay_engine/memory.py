@@ -31,6 +31,8 @@ _DTYPES = {"float32": 4, "bfloat16": 2}
 _ROUNDED = {"int8": 1.0, "int4": 0.5 + 8 / 32, "fp8": 2.0}
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 _HEAD = "lm_head.weight"
+#: Of all experts of a layer in one tensor.
+_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
 
 def refuse_what_does_not_fit(config: EngineConfig, available: int | None = None) -> None:
@@ -131,6 +133,7 @@ def _bytes(name: str, tensor: dict[str, Any], dtype: str, quantization: str) -> 
     if kind not in _FLOATS:
         return _quantized_bytes(kind, values, dtype)
     is_layer = len(shape) == 2 and name.endswith(".weight") and not name.endswith(_EMBEDDINGS)
+    is_layer |= len(shape) == 3 and name.endswith(_EXPERTS)
     if is_layer and quantization in _ROUNDED and dtype != "float32":
         return int(values * _ROUNDED["int8" if name == _HEAD else quantization])
     as_stored = 4 if kind == "F16" else _FLOATS[kind]  # computed in float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from forebay_kernels import eager, reference
 from forebay_kernels.batch import PagedBatch
 from forebay_kernels.cpu import available
 from forebay_kernels.cpu import operators as compiled
+from forebay_kernels.matrix import Matrix
 from forebay_kernels.sampling import Drawn, SamplingRows
 
 # Triton's modules are imported where they are needed: triton is not on every system, and takes
@@ -269,6 +271,29 @@ def scatter(table: Tensor, at: Tensor, words: Tensor) -> None:
         compute(table, at, words)
     else:
         reference.scatter(table, at, words)
+
+
+def route(logits: Tensor, top_k: int, *, normalised: bool) -> tuple[Tensor, Tensor]:
+    """A mixture's weights and experts for each token; see ``reference.route``."""
+    if has_triton(logits):
+        from forebay_kernels.gpu import moe
+
+        return moe.route(logits, top_k, normalised=normalised)
+    return reference.route(logits, top_k, normalised=normalised)
+
+
+def pack_experts(
+    gate_up: Sequence[Matrix], down: Sequence[Matrix], device: torch.device
+) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """``reference.experts`` over these matrices, of tokens and what ``route`` gives.
+
+    None: nothing computes them together on the device, or in the layouts that they have.
+    """
+    if device.type != "cuda":
+        return None
+    from forebay_kernels.gpu import moe
+
+    return moe.pack_experts(gate_up, down)
 
 
 def has_triton(x: Tensor) -> bool:

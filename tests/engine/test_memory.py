@@ -59,6 +59,16 @@ def test_every_tensor_is_counted_as_it_is_held(
     assert weight_bytes(tmp_path, dtype, quantization) == kib * 1024
 
 
+def test_experts_in_one_tensor_are_rounded_as_layers_are(tmp_path: Path) -> None:
+    tensors = {
+        "model.layers.0.mlp.experts.gate_up_proj": torch.zeros(4, 2, 1024, dtype=torch.bfloat16),
+        "model.layers.0.mlp.experts.down_proj": torch.zeros(4, 1, 1024, dtype=torch.bfloat16),
+    }
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert weight_bytes(tmp_path, "auto") == 2 * 12 * 1024
+    assert weight_bytes(tmp_path, "auto", "int8") == 12 * 1024
+
+
 def test_an_own_head_is_counted_once_and_float16_becomes_float32(tmp_path: Path) -> None:
     tensors = {
         "model.embed_tokens.weight": torch.zeros(8, 1024, dtype=torch.float16),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import forebay_kernels as kernels
 from decoding import (
     GREEDY,
     Decoding,
@@ -29,6 +30,7 @@ from forebay_engine.layers import GatedMlp
 from forebay_engine.linear import Linear
 from forebay_engine.models.moe import Experts
 from forebay_engine.sequence import SamplingParams
+from forebay_kernels.gpu import moe as gpu_moe
 from forebay_kernels.matrix import Dense
 
 Checkpoint = Callable[[str], Path]
@@ -188,6 +190,17 @@ def test_experts_stored_as_one_are_the_same(
             for path in (folder, tmp_path / "one")
         ]
         assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe"])
+def test_the_kernels_for_experts_give_the_same_tokens(
+    family: str, tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, asked = tiny_checkpoint(family), prompts(3, 6)
+    want = Decoding(tiny_runner(folder), asked, GREEDY).finish(2)
+    monkeypatch.setattr(kernels, "pack_experts", lambda *given: gpu_moe.pack_experts(*given[:2]))
+    monkeypatch.setattr(kernels, "route", gpu_moe.route)
+    assert Decoding(tiny_runner(folder), asked, GREEDY).finish(2) == want
 
 
 def test_float16_is_served_in_float32(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -199,20 +199,23 @@ def test_a_layer_has_the_values_that_its_format_says(name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "family"),
     [
-        "gptq 4 bits, act-order",
-        "gptq 8 bits",
-        "awq",
-        "bitsandbytes nf4, double",
-        "fp8 blocks",
-        "compressed-tensors int8",
+        ("gptq 4 bits, act-order", "qwen3"),
+        ("gptq 8 bits", "qwen3"),
+        ("awq", "qwen3"),
+        ("bitsandbytes nf4, double", "qwen3"),
+        ("fp8 blocks", "qwen3"),
+        ("compressed-tensors int8", "qwen3"),
+        # Of an expert gate and up in orders of their own, and in fewer outputs than a block.
+        ("gptq 4 bits, act-order", "mixtral"),
+        ("fp8 blocks", "qwen3-moe"),
     ],
 )
 def test_a_quantised_checkpoint_gives_the_tokens_of_its_values(
-    name: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+    name: str, family: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    source = tiny_checkpoint("qwen3")
+    source = tiny_checkpoint(family)
     config, encode = ENCODINGS[name]
     written.rewrite(source, tmp_path / "quantised", config, encode)
 
@@ -245,19 +248,21 @@ def tokens(folder: Path, *, dtype: str = "float32", quantization: str = "none") 
     return found
 
 
-@pytest.mark.parametrize("family", ["gemma3", "qwen2"])
+@pytest.mark.parametrize("family", ["gemma3", "qwen2", "mixtral", "qwen3-moe"])
 @pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
 def test_on_load_gives_the_tokens_of_the_rounded_values(
     family: str, kind: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     source = tiny_checkpoint(family)
     quantise = {"int8": to_int8, "int4": to_int4, "fp8": to_fp8}[kind]
-    # Both tie the head to the embedding, which stays as it is: so the head is stored apart here.
+    # Where the head is tied to the embedding, which stays as it is, it is stored apart here.
     data = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": False}
     written.rewrite(source, tmp_path, {}, lambda w: {"weight": quantise(w).dequantize()})
     (tmp_path / "config.json").write_text(json.dumps(data))
     tensors = load_file(tmp_path / "model.safetensors")
-    tensors["lm_head.weight"] = to_int8(tensors["model.embed_tokens.weight"]).dequantize()
+    plain = load_file(source / "model.safetensors")
+    head = plain.get("lm_head.weight", plain["model.embed_tokens.weight"])
+    tensors["lm_head.weight"] = to_int8(head).dequantize()
     save_file(tensors, tmp_path / "model.safetensors")
     assert tokens(source, quantization=kind) == tokens(tmp_path)
 

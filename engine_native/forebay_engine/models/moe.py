@@ -6,17 +6,19 @@ https://arxiv.org/abs/2505.09388 (Qwen 3).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+import forebay_kernels as kernels
 from forebay_engine.hf_config import ModelConfig
-from forebay_engine.layers import GatedMlp, Part, gated_mlp, merged
+from forebay_engine.layers import GatedMlp, Part, gated_mlp
 from forebay_engine.linear import Linear
 from forebay_engine.models.llama import Llama
 from forebay_engine.weights import Weights
-from forebay_kernels.matrix import Dense
+from forebay_kernels.matrix import Dense, Matrix, concatenate
 
 
 class Experts:
@@ -50,6 +52,25 @@ class Experts:
         return out
 
 
+class PackedExperts:
+    """The same by kernels that compute all experts together, without asking the device of any."""
+
+    def __init__(
+        self,
+        router: Linear,
+        experts: Callable[[Tensor, Tensor, Tensor], Tensor],
+        *,
+        top_k: int,
+        normalised: bool,
+    ) -> None:
+        self._router, self._experts = router, experts
+        self._top_k, self._normalised = top_k, normalised
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight, chosen = kernels.route(self._router(x), self._top_k, normalised=self._normalised)
+        return self._experts(x, weight, chosen)
+
+
 class Mixtral(Llama):
     #: The host has to know which experts are chosen.
     replayable = False
@@ -64,38 +85,51 @@ class Mixtral(Llama):
 
     def _experts(
         self, config: ModelConfig, weights: Weights, index: int, *, inner: int, normalised: bool
-    ) -> Experts:
+    ) -> Part:
         """A layer's experts, stored one by one, or as two tensors under transformers' names."""
         count = config.data.get("num_local_experts") or config.data["num_experts"]
         layer, outer = f"model.layers.{index}", config.hidden_size
         stacked = f"{layer}.mlp.experts"
         if f"{stacked}.gate_up_proj" in weights:
             block = f"{layer}.mlp"
-            gate_up = [
-                Linear(matrix)
-                for matrix in weights.stacked(f"{stacked}.gate_up_proj", count, 2 * inner, outer)
-            ]
-            down = [
-                Linear(matrix)
-                for matrix in weights.stacked(f"{stacked}.down_proj", count, outer, inner)
-            ]
+            gate_up = weights.stacked(f"{stacked}.gate_up_proj", count, 2 * inner, outer)
+            down = weights.stacked(f"{stacked}.down_proj", count, outer, inner)
         else:
             block = f"{layer}.{self.block}"
             gate, up, back = self.names
             each = [f"{block}.experts.{i}" for i in range(count)]
             gate_up = [
-                merged(weights, {f"{e}.{gate}": inner, f"{e}.{up}": inner}, outer, bias=False)
+                concatenate(
+                    [weights.matrix(f"{e}.{name}", inner, outer) for name in (gate, up)],
+                    weights.dtype,
+                )
                 for e in each
             ]
-            down = [merged(weights, {f"{e}.{back}": outer}, inner, bias=False) for e in each]
+            down = [weights.matrix(f"{e}.{back}", outer, inner) for e in each]
         # As stored, whatever the others are: rounded, it would send tokens to other experts.
         router = Linear(Dense(weights.take(f"{block}.gate.weight", count, outer)))
-        return Experts(
-            router,
-            [GatedMlp(*pair, config.hidden_act) for pair in zip(gate_up, down, strict=True)],
-            top_k=config.data["num_experts_per_tok"],
-            normalised=normalised,
-        )
+        return _mixture(config, router, gate_up, down, device=weights.device, normalised=normalised)
+
+
+def _mixture(
+    config: ModelConfig,
+    router: Linear,
+    gate_up: list[Matrix],
+    down: list[Matrix],
+    *,
+    device: torch.device,
+    normalised: bool,
+) -> Part:
+    top_k: int = config.data["num_experts_per_tok"]
+    if config.hidden_act == "silu":
+        packed = kernels.pack_experts(gate_up, down, device)
+        if packed is not None:
+            return PackedExperts(router, packed, top_k=top_k, normalised=normalised)
+    experts = [
+        GatedMlp(Linear(one), Linear(other), config.hidden_act)
+        for one, other in zip(gate_up, down, strict=True)
+    ]
+    return Experts(router, experts, top_k=top_k, normalised=normalised)
 
 
 class Qwen3Moe(Mixtral):

@@ -198,11 +198,11 @@ class PackedFp8:
 
 
 def pack_fp8(matrix: Fp8, bias: Tensor | None = None) -> PackedFp8 | None:
-    """The layer for a GPU; None if its groups are none that the kernel takes.
+    """The layer for a GPU; None if its groups are none that the kernel takes."""
+    return PackedFp8(matrix, bias) if takes(matrix) else None
 
-    Those are the whole input, and powers of two from 32 on: checkpoints have 128.
-    """
+
+def takes(matrix: Fp8) -> bool:
+    """The whole input may be a group, and powers of two from 32 on: checkpoints have 128."""
     group = matrix.group
-    if matrix.scale.shape[1] > 1 and (group < _LEAST_COLUMNS or group & (group - 1)):
-        return None
-    return PackedFp8(matrix, bias)
+    return matrix.scale.shape[1] == 1 or (group >= _LEAST_COLUMNS and group & (group - 1) == 0)

@@ -29,6 +29,7 @@ from forebay_kernels.reference.layers import (
     silu_mul,
     wide,
 )
+from forebay_kernels.reference.moe import experts, route
 from forebay_kernels.reference.sampling import sample
 from forebay_kernels.reference.step_inputs import scatter, step_inputs
 
@@ -36,6 +37,7 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_fp8",
     "embedding",
+    "experts",
     "gelu_tanh_mul",
     "kv_store",
     "paged_attention",
@@ -45,6 +47,7 @@ __all__ = [
     "rms_norm_fp8",
     "rope",
     "rotary_angles",
+    "route",
     "sample",
     "scatter",
     "select_rms_norm",
