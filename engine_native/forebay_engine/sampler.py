@@ -95,16 +95,6 @@ def _places(row: Row, allowed: Tensor | None) -> Iterator[Place]:
         yield Place(before, row.num_prompt, row.sampling, mask)
 
 
-def is_greedy(params: SamplingParams) -> bool:
-    """Whether the likeliest token is drawn at every place, whatever stands before it."""
-    return (
-        params.temperature == 0
-        and params.watermark is None
-        and not (params.logit_bias or _has_penalty(params))
-        and not (params.allowed_token_ids or params.bad_words or params.min_tokens)
-    )
-
-
 def _is_plain_greedy(place: Place) -> bool:
     params = place.sampling
     return (

@@ -296,6 +296,20 @@ def pack_experts(
     return moe.pack_experts(gate_up, down)
 
 
+def remember(
+    drawn: Tensor,  # [samples] int64
+    places: Tensor,  # [samples] int32
+    positions: Tensor,  # [samples] int32
+    last: Tensor,  # [places] int32
+    tokens: Tensor,  # [places, longest] int32
+) -> None:
+    """Put drawn tokens where the next step finds them; see ``reference.remember``."""
+    compute = reference.remember
+    if has_triton(drawn):
+        from forebay_kernels.gpu.step_inputs import remember as compute
+    compute(drawn, places, positions, last, tokens)
+
+
 def has_triton(x: Tensor) -> bool:
     """Whether Triton's kernels compile for the device of ``x``."""
     return x.is_cuda

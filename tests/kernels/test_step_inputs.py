@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from forebay_kernels import reference
-from forebay_kernels.gpu.step_inputs import scatter, step_inputs
+from forebay_kernels.gpu.step_inputs import remember, scatter, step_inputs
 
 BLOCK = 4
 #: start and count of each row; a start of -1 is a padded row of one token.
@@ -113,6 +113,17 @@ def test_words_go_to_their_places_and_no_others(count: int, device: torch.device
     assert int((found > 0).sum()) == count
 
 
+def test_drawn_tokens_are_remembered(device: torch.device) -> None:
+    drawn, places = torch.tensor([7, -1, 9]), torch.tensor([2, 0, 4]).int()
+    positions = torch.tensor([3, 0, 5]).int()
+    found, expected = (torch.full((5, 8), -77, dtype=torch.int32, device=device) for _ in range(2))
+    given = [t.to(device) for t in (drawn, places, positions)]
+    remember(*given, found[:, 0], found[:, 2:])
+    reference.remember(*given, expected[:, 0], expected[:, 2:])
+    assert torch.equal(found, expected)
+    assert found[2].tolist() == [7, -77, -77, -77, -77, 7, -77, -77]
+
+
 def test_it_compiles_for_hopper(compile_for_hopper: Any) -> None:
     module = "forebay_kernels.gpu.step_inputs"
     wide = dict.fromkeys(("token_ids", "positions", "slots"), "*i64")
@@ -127,6 +138,14 @@ def test_it_compiles_for_hopper(compile_for_hopper: Any) -> None:
         {
             "kernel": f"{module}:_scatter_kernel",
             "types": dict.fromkeys(("table", "at", "words"), "*i32"),
+            "constants": {"TILE": 256},
+        },
+        {
+            "kernel": f"{module}:_remember_kernel",
+            "types": {
+                "drawn": "*i64",
+                **dict.fromkeys(("places", "positions", "last", "tokens"), "*i32"),
+            },
             "constants": {"TILE": 256},
         },
     )

@@ -41,8 +41,8 @@ class StepInputs:
 
         self.most_tokens = tokens
         self._table, self._windows, self._block_size = table, windows, block_size
-        # As long as when every sequence tells all of its pages at once.
-        most = Sizes(rows, tokens, tokens, rows, tokens, rows * groups * pages)
+        # As long as when every sequence tells all that the table holds of it.
+        most = Sizes(rows, tokens, tokens, tokens, rows, len(table.words))
         self._words = zeros(most.words)
         self._token_ids = zeros(tokens, dtype=torch.int64)
         self._positions = zeros(tokens, dtype=torch.int64)
@@ -52,12 +52,9 @@ class StepInputs:
         self._slots = zeros(groups, tokens + tokens % 2, dtype=torch.int64)
 
     def send(self, words: Tensor, sizes: Sizes) -> Sections:
-        """Queue the one copy of a step, and what it changes in the table."""
+        """Queue the one copy of a step."""
         self._words[: len(words)].copy_(words, non_blocking=True)
-        sections = self.sections(sizes)
-        if sizes.changes:
-            kernels.scatter(self._table.words, sections.changes_at, sections.changes)
-        return sections
+        return self.sections(sizes)
 
     def sections(self, sizes: Sizes) -> Sections:
         return Sections.of(self._words, sizes)

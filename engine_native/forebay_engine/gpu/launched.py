@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from forebay_engine.gpu.layout import Samples
 from forebay_engine.sampler import sample
 from forebay_engine.step import Row, Sampled, StepResult
 
@@ -57,15 +58,16 @@ class Scores:
 class ByHost:
     """Rows whose tokens the host draws, as the kernels can't."""
 
-    rows: tuple[Row, ...]
-    #: Of each row one place, and one behind each guess.
-    logits: Tensor  # [places, vocab]
-    masks: Future[Mapping[int, Tensor]]
+    rows: Items[Row]
+    #: Of each row, for one place, and one behind each guess.
+    logits: Items[Tensor]  # [1 + guesses, vocab]
+    allowed: Future[Mapping[int, Tensor]]
     eos_token_ids: frozenset[int]
 
     def draw(self) -> dict[int, list[Sampled]]:
         found: dict[int, list[Sampled]] = {row.seq_id: [] for row in self.rows}
-        for item in sample(self.logits, self.rows, self.eos_token_ids, self.masks.result()):
+        logits = torch.cat(list(self.logits))
+        for item in sample(logits, self.rows, self.eos_token_ids, self.allowed.result()):
             found[item.seq_id].append(item)
         return found
 
@@ -75,38 +77,40 @@ class LaunchedStep:
     wait: Callable[[], None]
     rows: tuple[Row, ...]
     tokens: Tensor  # [samples] int64, on the host
-    #: Of each row that draws, its first sample.
-    first: Mapping[int, int]
+    samples: Samples
     by_host: ByHost | None
-    #: Samples with log-probabilities, and these.
-    scored: Items[int]
     scores: Scores | None
     #: What else there is to be made of the step, from the tokens that it drew.
     rest: Callable[[tuple[Sampled, ...]], StepResult]
+    #: Called if nothing comes of the step after all.
+    forget: Callable[[], None]
 
     def result(self) -> StepResult:
-        self.wait()
-        return self.rest(tuple(self._sampled()))
+        try:
+            self.wait()
+            return self.rest(tuple(self._sampled()))
+        except Exception:
+            self.forget()
+            raise
 
     def _sampled(self) -> list[Sampled]:
         tokens = self.tokens.tolist()
-        numbers = {sample: number for number, sample in enumerate(self.scored)}
-        drawn = self.by_host.draw() if self.by_host is not None else {}
+        scored = {sample: number for number, sample in enumerate(self.samples.scored)}
+        by_host = self.by_host.draw() if self.by_host is not None else {}
         found: list[Sampled] = []
         for row in self.rows:
             if not row.sample:
                 continue
-            if row.seq_id in drawn:
-                found += drawn[row.seq_id]
+            if row.seq_id in by_host:
+                found += by_host[row.seq_id]
                 continue
-            first = self.first[row.seq_id]
+            first = self.samples.first[row.seq_id]
             for at in range(1 + len(row.draft)):
-                found.append(self._one(row, first + at, tokens[first + at], numbers))
-                if row.draft[at : at + 1] != (tokens[first + at],):
+                token = tokens[first + at]
+                if self.scores is not None and first + at in scored and token >= 0:
+                    found.append(self.scores.sampled(scored[first + at], row, token))
+                else:
+                    found.append(Sampled(row.seq_id, token))
+                if row.draft[at : at + 1] != (token,):
                     break
         return found
-
-    def _one(self, row: Row, sample: int, token: int, numbers: Mapping[int, int]) -> Sampled:
-        if self.scores is None or sample not in numbers or token < 0:
-            return Sampled(row.seq_id, token)
-        return self.scores.sampled(numbers[sample], row, token)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import accumulate
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forebay_engine.gpu.table import Words
+from forebay_engine.gpu.table import Changes, Place
 from forebay_engine.step import Row
 
 #: Every section begins at a multiple of 16 bytes, whatever the sizes: kernels are compiled for it.
@@ -24,16 +24,16 @@ class Sizes:
 
     rows: int
     tokens: int
-    samples: int
-    by_host: int = 0
+    samples: int = 0
     scored: int = 0
+    cleared: int = 0
     changes: int = 0
 
     def sections(self) -> tuple[int, ...]:
-        """Words of each field of :class:`Sections`, with those that fill up the last 16 bytes."""
+        """Words of each field of :class:`Sections`."""
         rows, samples, changes = self.rows, self.samples, self.changes
-        found = (rows, rows, rows + 1, self.tokens, samples, samples)
-        return (*found, self.by_host, self.scored, changes, changes)
+        found = (rows, rows, rows + 1, self.tokens, samples, samples, samples, samples)
+        return (*found, self.scored, self.cleared, changes, changes)
 
     @property
     def words(self) -> int:
@@ -50,13 +50,16 @@ class Sections:
     query_starts: Tensor  # [rows + 1] int32
     #: Token ids; negative: the last one drawn for the row.
     tokens: Tensor  # [tokens] int32
-    #: Where tokens are drawn: behind which token of the step, and for which place of the table.
+    #: Where tokens are drawn: behind which token of the step, for which place of the table, at
+    #: which position, and which mask says what may come (negative: none).
     sample_at: Tensor  # [samples] int32
     sample_places: Tensor  # [samples] int32
-    #: Samples that the host draws, and those that it wants log-probabilities of.
-    by_host: Tensor  # [by_host] int32
+    sample_positions: Tensor  # [samples] int32
+    sample_masks: Tensor  # [samples] int32
+    #: Samples of which log-probabilities are wanted.
     scored: Tensor  # [scored] int32
-    #: What changes in the table.
+    #: Places whose counts of tokens begin anew, and what else changes in the table.
+    cleared: Tensor  # [cleared] int32
     changes_at: Tensor  # [changes] int32
     changes: Tensor  # [changes] int32
 
@@ -70,28 +73,58 @@ class Sections:
 
     def fill(self, **values: Any) -> None:
         """Write sections by name; of a tensor on the host."""
-        for field in fields(self):
-            section: Tensor = getattr(self, field.name)
+        for item in fields(self):
+            section: Tensor = getattr(self, item.name)
             if len(section):
-                section.numpy()[:] = values[field.name]
+                section.numpy()[:] = values[item.name]
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
     """Where a step draws, by the sample's number."""
 
-    at: list[int]
-    places: list[int]
+    at: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    masks: list[int] = field(default_factory=list)
+    scored: list[int] = field(default_factory=list)
     #: Of each row that draws, its first sample.
-    first: dict[int, int]
-    by_host: list[int]
-    scored: list[int]
+    first: dict[int, int] = field(default_factory=dict)
+    #: Rows with masks, in the masks' order, and those that the host draws.
+    masked: list[Row] = field(default_factory=list)
+    by_host: list[Row] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, rows: Items[Row], places: Items[Place]) -> Samples:
+        found = cls()
+        end = masks = 0
+        for row, place in zip(rows, places, strict=True):
+            end += row.count
+            if not row.sample:
+                continue
+            found.first[row.seq_id] = first = len(found.at)
+            count = 1 + len(row.draft)
+            found.at.extend(range(end - count, end))
+            found.places.extend([place.number] * count)
+            behind = row.start + row.count
+            found.positions.extend(range(behind - count + 1, behind + 1))
+            if not place.draws:
+                found.by_host.append(row)
+            elif row.guide is not None or row.sampling.allowed_token_ids:
+                found.masked.append(row)
+                found.masks.extend(range(masks, masks + count))
+                masks += count
+            if len(found.masks) < len(found.at):
+                found.masks.extend([-1] * count)
+            if row.sampling.logprobs is not None:
+                found.scored.extend(range(first, first + count))
+        return found
 
 
 def lay(
     rows: Items[Row],
-    places: Items[int],
-    changes: Words,
+    places: Items[Place],
+    changes: Changes,
     samples: Samples,
     *,
     padded: int,
@@ -109,21 +142,23 @@ def lay(
     sizes = Sizes(
         rows=len(counts),
         tokens=len(tokens),
-        samples=0 if padded else len(samples.at),
-        by_host=len(samples.by_host),
+        samples=len(samples.at),
         scored=len(samples.scored),
+        cleared=len(changes.cleared),
         changes=len(changes.at),
     )
     words = torch.empty(sizes.words, dtype=torch.int32, pin_memory=pinned)
     Sections.of(words, sizes).fill(
-        places=[*places, *[nobody] * more],
+        places=[*(place.number for place in places), *[nobody] * more],
         starts=[row.start for row in rows] + [-1] * more,
         query_starts=np.fromiter(accumulate(counts, initial=0), np.int32, len(counts) + 1),
         tokens=tokens,
         sample_at=samples.at,
         sample_places=samples.places,
-        by_host=samples.by_host,
+        sample_positions=samples.positions,
+        sample_masks=samples.masks,
         scored=samples.scored,
+        cleared=changes.cleared,
         changes_at=changes.at,
         changes=changes.words,
     )

@@ -13,30 +13,28 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as Items
-from concurrent.futures import Future
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-import forebay_kernels as kernels
 from forebay_engine.batch import check_row, pool
 from forebay_engine.cache_size import cache_groups
 from forebay_engine.config import EngineConfig
 from forebay_engine.costs import StepCosts, measured
+from forebay_engine.gpu.drawing import Allowed, Drawing
 from forebay_engine.gpu.graphs import CudaRecorder, Recorder, Replay, bucket, buckets
 from forebay_engine.gpu.inputs import Lengths, StepInputs
 from forebay_engine.gpu.launched import ByHost, LaunchedStep, Scores, fence, fetched
-from forebay_engine.gpu.layout import Samples, Sections, lay
+from forebay_engine.gpu.layout import Samples, Sections, Sizes, lay
 from forebay_engine.gpu.memory import CudaMemory, DeviceMemory, Shares
-from forebay_engine.gpu.table import RequestTable, Words
+from forebay_engine.gpu.table import Changes, Place, RequestTable
 from forebay_engine.guided_masks import MaskThread
 from forebay_engine.layers import LayerCache
 from forebay_engine.loading import Checkpoint
 from forebay_engine.memory import KV_BYTES
-from forebay_engine.sampler import is_greedy
 from forebay_engine.scoring import score_prompts
 from forebay_engine.sequence import SamplingParams
 from forebay_engine.step import Row, Sampled, StepPlan, StepResult
@@ -95,14 +93,23 @@ class DeviceRunner:
         windows = [group.window for group in self.cache_groups]
         longest = self.max_model_len + config.speculation_tokens
         pages = -(-longest // self.block_size) + 1
-        self._table = RequestTable(rows, len(windows), pages, device)
+        self._table = RequestTable(
+            rows,
+            groups=len(windows),
+            pages=pages,
+            longest=longest + 2,
+            vocab=self.vocab_size,
+            eos_token_ids=self.eos_token_ids,
+            counts=not self._speculates,
+            device=device,
+        )
         self._inputs = StepInputs(self._table, windows, self.block_size, tokens)
+        self._drawing = Drawing(self._table, self.vocab_size, tokens)
         self._recorder = recorder if self.generates and self._model.replayable else None
         self._replays: dict[int, Replay] = {}
         self._most_recorded = config.max_sequences
-        # Of replays: hidden states and tokens of each row.
+        #: What replays come to.
         self._hidden = torch.zeros_like(hidden[:1]).repeat(config.max_sequences, 1)
-        self._tokens = torch.zeros(config.max_sequences, dtype=torch.int64, device=device)
 
     @classmethod
     def on_gpu(
@@ -119,7 +126,7 @@ class DeviceRunner:
         )
 
     def takes_unknown(self, sampling: SamplingParams) -> bool:
-        return is_greedy(sampling)
+        return self._table.draws(sampling)
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Put the plan's rows into the device's queue."""
@@ -159,67 +166,58 @@ class DeviceRunner:
             raise ValueError(f"a step of {tokens} tokens; {self._inputs.most_tokens} are the most")
         places, changes = self._table.enter(rows)
         size = self._replayed(rows)
-        samples = self._samples(rows, places, every=size is not None)
-        masks = self._masks.begin([row for row in rows if row.sample])
-        words, sizes = lay(
-            rows,
-            places,
-            changes,
-            samples,
-            padded=size or 0,
-            nobody=self._table.nobody,
-            pinned=self._device.type == "cuda",
-        )
+        samples = Samples.of(rows, places)
+        allowed = self._masks.begin([*samples.masked, *samples.by_host])
+        words, sizes = self._lay(rows, places, changes, samples, size or 0)
         sections = self._inputs.send(words, sizes)
-        hidden: Tensor | None = None
+        self._drawing.begin(sections)
         if size is not None:
             self._replays[size]()
-            chosen, drawn = self._hidden[:size], self._tokens[:size]
+            hidden = self._hidden[: len(rows)]
         else:
             hidden = self._forward(sections, _lengths(rows))
-            chosen = hidden.index_select(0, sections.sample_at)
-            drawn = self._draw(chosen, sections.sample_places)
-        self._table.drew(rows)
-        by_host = self._by_host(rows, chosen, sections, masks) if samples.by_host else None
-        scores = self._scores(rows, chosen, drawn, sections) if samples.scored else None
+        every = len(samples.at) == len(hidden)
+        chosen = hidden if every else hidden.index_select(0, sections.sample_at)
+        logits = self._model.logits(chosen) if len(chosen) else chosen
+        plain = all(place.plain for place in places) and not (samples.masked or samples.by_host)
+        drawn = self._drawing.draw(logits, sections, samples, allowed, plain)
+        for row, place in zip(rows, places, strict=True):
+            place.drawn = row.sample
         return LaunchedStep(
             tokens=fetched(drawn),
             rows=rows,
-            first=samples.first,
-            by_host=by_host,
-            scored=samples.scored,
-            scores=scores,
+            samples=samples,
+            by_host=self._by_host(logits, samples, allowed) if samples.by_host else None,
+            scores=self._scores(rows, logits, drawn, sections, samples) if samples.scored else None,
             wait=fence(self._device),
-            rest=lambda sampled: self._rest(rows, hidden, sampled),
+            rest=lambda sampled: self._rest(rows, hidden if size is None else None, sampled),
+            forget=self._table.forget,
         )
+
+    def _lay(
+        self,
+        rows: Items[Row],
+        places: Items[Place],
+        changes: Changes,
+        samples: Samples,
+        padded: int,
+    ) -> tuple[Tensor, Sizes]:
+        nobody, pinned = self._table.nobody, self._device.type == "cuda"
+        return lay(rows, places, changes, samples, padded=padded, nobody=nobody, pinned=pinned)
 
     def _forward(self, sections: Sections, lengths: Lengths) -> Tensor:
         token_ids, positions, batch = self._inputs.derive(sections, lengths)
         return self._model.forward(token_ids, positions, self._caches, batch)
 
-    def _draw(self, hidden: Tensor, places: Tensor) -> Tensor:
-        """The token behind each of ``hidden`` ``[samples, hidden]``, known to the next step too."""
-        if not len(hidden):
-            return torch.zeros(0, dtype=torch.int64, device=self._device)
-        drawn = kernels.argmax(self._model.logits(hidden))
-        # Of a sequence with guesses several: then the host tells its last token.
-        self._table.last[places.long()] = drawn.int()
-        return drawn
-
     def _record(self, size: int, recorder: Recorder) -> None:
-        """A replay of steps of so many rows, of which each has one token and draws one."""
+        """A replay of steps of so many rows, of which each has one token."""
         longest = Lengths(tuple(range(size + 1)), (self.max_model_len,) * size, size, replayed=True)
+        words, sizes = self._lay((), (), Changes(), Samples(), size)
 
         def step() -> None:
             sections = self._inputs.sections(sizes)
-            hidden = self._forward(sections, longest)
-            self._hidden[:size].copy_(hidden)
-            self._tokens[:size].copy_(self._draw(hidden, sections.places))
+            self._hidden[:size].copy_(self._forward(sections, longest))
 
-        nobody = self._table.nobody
-        nothing = Samples([], [], {}, [], [])
-        pinned = self._device.type == "cuda"
-        words, sizes = lay((), (), Words(), nothing, padded=size, nobody=nobody, pinned=pinned)
         self._inputs.send(words, sizes)
         self._replays[size] = recorder.record(step)
 
@@ -234,45 +232,26 @@ class DeviceRunner:
         )
         return bucket(self._replays, len(rows)) if plain else None
 
-    def _samples(self, rows: Items[Row], places: Items[int], *, every: bool) -> Samples:
-        """:param every: a token is drawn for each row, whether it asks or not."""
-        found = Samples([], [], {}, [], [])
-        end = 0
-        for row, place in zip(rows, places, strict=True):
-            end += row.count
-            if not row.sample and not every:
-                continue
-            first = found.first[row.seq_id] = len(found.at)
-            found.at.extend(range(end - 1 - len(row.draft), end))
-            numbers = range(first, len(found.at))
-            found.places.extend(place for _ in numbers)
-            if row.sample and not self._draws(row):
-                found.by_host.extend(numbers)
-            elif row.sample and row.sampling.logprobs is not None:
-                found.scored.extend(numbers)
-        return found
-
-    def _draws(self, row: Row) -> bool:
-        """Whether the device can draw the row's token."""
-        return row.guide is None and is_greedy(row.sampling)
-
-    def _by_host(
-        self,
-        rows: Items[Row],
-        chosen: Tensor,
-        sections: Sections,
-        masks: Future[Mapping[int, Tensor]],
-    ) -> ByHost:
-        logits = self._model.logits(chosen.index_select(0, sections.by_host))
-        asking = tuple(row for row in rows if row.sample and not self._draws(row))
-        return ByHost(asking, fetched(logits), masks, self.eos_token_ids)
+    def _by_host(self, logits: Tensor, samples: Samples, allowed: Allowed) -> ByHost:
+        numbers = [
+            range(samples.first[row.seq_id], samples.first[row.seq_id] + 1 + len(row.draft))
+            for row in samples.by_host
+        ]
+        own = [fetched(logits[number.start : number.stop]) for number in numbers]
+        return ByHost(samples.by_host, own, allowed, self.eos_token_ids)
 
     def _scores(
-        self, rows: Items[Row], chosen: Tensor, drawn: Tensor, sections: Sections
+        self,
+        rows: Items[Row],
+        logits: Tensor,
+        drawn: Tensor,
+        sections: Sections,
+        samples: Samples,
     ) -> Scores:
-        logits = self._model.logits(chosen.index_select(0, sections.scored))
+        if len(samples.scored) < len(logits):
+            logits, drawn = (x.index_select(0, sections.scored) for x in (logits, drawn))
         most = max(row.sampling.logprobs or 0 for row in rows)
-        return Scores.of(logits, drawn.index_select(0, sections.scored), most)
+        return Scores.of(logits, drawn, most)
 
     def _rest(
         self, rows: Items[Row], hidden: Tensor | None, sampled: tuple[Sampled, ...]
@@ -311,7 +290,7 @@ class DeviceRunner:
             caches = [cache] * shape.num_layers
             hidden = self._model.forward(nothing, nothing, caches, batch)
             if self.generates:
-                kernels.argmax(self._model.logits(hidden[:samples]))
+                self._model.logits(hidden[:samples]).float()
             return hidden
 
 

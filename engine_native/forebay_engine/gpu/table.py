@@ -12,28 +12,42 @@ from dataclasses import dataclass, field
 
 import torch
 
+from forebay_engine.gpu.sampling import edits, num_edits, on_device, settings, wants
+from forebay_engine.sequence import SamplingParams
 from forebay_engine.step import Row
+from forebay_kernels import SamplingTable
+from forebay_kernels.sampling import SETTINGS, Wants
 
-#: Words of a place before its pages: the last token drawn, and room so that pages begin at a
-#: multiple of 16 bytes.
-_HEAD = 4
+#: Tokens whose logits a request may change on the device; who changes more is drawn by the host.
+EDITS = 32
+#: What draws of one launch fewer may ask for.
+_PLAIN = Wants.LOGPROB
 
 
 @dataclass(slots=True)
-class _Place:
+class Place:
+    """A sequence's line in the table."""
+
     number: int
     #: Of each group, how many of the sequence's pages the device knows.
     pages: list[int]
+    #: The parameters that it knows.
+    sampling: SamplingParams | None = None
+    #: The device can draw with them; with a temperature and nothing more; it counts tokens.
+    draws: bool = False
+    plain: bool = False
+    counts: bool = False
     #: The last step drew a token for it.
     drawn: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Words:
-    """What changes in the table: ``table[at[i]] = words[i]``."""
+class Changes:
+    """Words of the table that change, and lines whose counts begin anew."""
 
     at: list[int] = field(default_factory=list)
     words: list[int] = field(default_factory=list)
+    cleared: list[int] = field(default_factory=list)
 
     def add(self, at: int, words: Items[int]) -> None:
         """So many words from ``at`` on."""
@@ -42,23 +56,71 @@ class Words:
 
 
 class RequestTable:
-    """Places for so many sequences of at most ``pages`` pages in each group, and one for nobody."""
+    """Lines for so many sequences, and one more for nobody. All of it lies in one run of words."""
 
-    def __init__(self, places: int, groups: int, pages: int, device: torch.device) -> None:
-        pages += -pages % 4
+    def __init__(
+        self,
+        places: int,
+        *,
+        groups: int,
+        pages: int,
+        longest: int,
+        vocab: int,
+        eos_token_ids: frozenset[int],
+        counts: bool,
+        device: torch.device,
+    ) -> None:
+        """
+        :param pages: of a sequence in each group, at most; ``longest``: tokens.
+        :param counts: penalties are the device's affair. Where some steps verify guesses they are
+            not, as the table has drawn tokens only.
+        """
         self.size = places
         #: What padded rows stand for; it may hold anything.
         self.nobody = places
-        self._width = _HEAD + groups * pages
-        self._pages = pages
-        words = torch.zeros(places + 1, self._width, dtype=torch.int32, device=device)
-        self.words = words.view(-1)
-        self.last = words[:, 0]  # [places + 1] int32
-        self.tables = words[:, _HEAD:].view(places + 1, groups, pages)
-        self._places: dict[int, _Place] = {}
+        self._eos, self._counts = eos_token_ids, counts
+        self._pages, self._longest, self._groups = pages + -pages % 4, longest, groups
+        sizes = {
+            "last": 1,
+            "counted": 1,
+            "settings": SETTINGS,
+            "edits": 3 * EDITS,
+            "tables": groups * self._pages,
+            "tokens": longest,
+        }
+        self._first: dict[str, int] = {}
+        end = 0
+        for name, size in sizes.items():
+            self._first[name] = end
+            # Every part begins at a multiple of 16 bytes: kernels are compiled for it.
+            end += (places + 1) * size + -(places + 1) * size % 4
+        self.words = torch.zeros(end, dtype=torch.int32, device=device)
+        parts = {
+            name: self.words[self._first[name] :][: (places + 1) * size].view(places + 1, size)
+            for name, size in sizes.items()
+        }
+        self.last = parts["last"].squeeze(1)  # [places + 1] int32
+        self.tables = parts["tables"].view(places + 1, groups, self._pages)
+        self.sampling = SamplingTable(
+            settings=parts["settings"],
+            edits=parts["edits"].view(places + 1, 3, EDITS),
+            tokens=parts["tokens"],
+            counts=torch.zeros((places + 1, vocab), dtype=torch.int32, device=device),
+            counted=parts["counted"].squeeze(1),
+        )
+        self._places: dict[int, Place] = {}
         self._free = list(range(places - 1, -1, -1))
 
-    def enter(self, rows: Items[Row]) -> tuple[list[int], Words]:
+    def draws(self, params: SamplingParams) -> bool:
+        """Whether the device can draw as asked; a watermark's keys are made on the host."""
+        return (
+            params.watermark is None
+            and on_device(params)
+            and num_edits(params, self._eos) <= EDITS
+            and (self._counts or Wants.PENALTIES not in wants(params))
+        )
+
+    def enter(self, rows: Items[Row]) -> tuple[list[Place], Changes]:
         """The rows' places, and what the device does not know of them yet.
 
         :raises ValueError: there are too many, or one has too many pages, or an unknown token that
@@ -67,41 +129,55 @@ class RequestTable:
         if len(rows) > self.size:
             raise ValueError(f"{len(rows)} rows in a step, where {self.size} are the most")
         before, self._places = self._places, {}
-        for row in rows:
-            place = before.pop(row.seq_id, None)
-            if place is not None:
-                self._places[row.seq_id] = place
+        there = [before.pop(row.seq_id, None) for row in rows]
         self._free.extend(place.number for place in before.values())
-        numbers, words = [], Words()
-        for row in rows:
-            place = self._places.get(row.seq_id)
+        found, changes = [], Changes()
+        for row, place in zip(rows, there, strict=True):
             if place is None:
-                place = _Place(self._free.pop(), [0] * len(row.block_tables))
-                self._places[row.seq_id] = place
+                place = Place(self._free.pop(), [0] * self._groups)
+            self._places[row.seq_id] = place
+            found.append(place)
+        for row, place in zip(rows, found, strict=True):
             if row.unknown and not place.drawn:
                 raise ValueError(f"sequence {row.seq_id}: the last step drew no token for it")
-            numbers.append(place.number)
-            self._tell_pages(place, row, words)
-        return numbers, words
+            for group, table in enumerate(row.block_tables):
+                if len(table) > place.pages[group]:
+                    self._tell_pages(place, row, group, changes)
+            if place.sampling is not row.sampling:
+                self._tell_sampling(place, row, changes)
+        return found, changes
 
     def forget(self) -> None:
-        """Nothing that was told of pages counts: a step came to nothing."""
+        """Nothing that was told counts: a step came to nothing."""
         for place in self._places.values():
-            place.pages = [0] * len(place.pages)
+            place.pages = [0] * self._groups
+            place.sampling = None
 
-    def drew(self, rows: Items[Row]) -> None:
-        """A step with these rows has been launched."""
-        for row in rows:
-            self._places[row.seq_id].drawn = row.sample
+    def _tell_pages(self, place: Place, row: Row, group: int, changes: Changes) -> None:
+        table, known = row.block_tables[group], place.pages[group]
+        if len(table) > self._pages:
+            raise ValueError(
+                f"sequence {row.seq_id}: {len(table)} pages, where {self._pages} are the most"
+            )
+        first = self._first["tables"] + (place.number * self._groups + group) * self._pages
+        changes.add(first + known, [max(0, page) for page in table[known:]])
+        place.pages[group] = len(table)
 
-    def _tell_pages(self, place: _Place, row: Row, words: Words) -> None:
-        for group, table in enumerate(row.block_tables):
-            known, there = place.pages[group], len(table)
-            if there > known:
-                if there > self._pages:
-                    raise ValueError(
-                        f"sequence {row.seq_id}: {there} pages, where {self._pages} are the most"
-                    )
-                first = place.number * self._width + _HEAD + group * self._pages
-                words.add(first + known, [max(0, page) for page in table[known:]])
-                place.pages[group] = there
+    def _tell_sampling(self, place: Place, row: Row, changes: Changes) -> None:
+        params, number = row.sampling, place.number
+        place.sampling, place.draws = params, self.draws(params)
+        place.plain = place.counts = False
+        if not place.draws:
+            return
+        line = settings(params, row.num_prompt).tolist()
+        asked = Wants(line[0])
+        place.plain, place.counts = not asked & ~_PLAIN, Wants.PENALTIES in asked
+        changes.add(self._first["settings"] + number * SETTINGS, line)
+        if Wants.EDITS in asked:
+            words = edits(params, row.num_prompt, self._eos, EDITS).flatten().tolist()
+            changes.add(self._first["edits"] + number * 3 * EDITS, words)
+        if place.counts:
+            changes.add(self._first["counted"] + number, [0])
+            changes.cleared.append(number)
+            known = row.token_ids[: self._longest]
+            changes.add(self._first["tokens"] + number * self._longest, known)

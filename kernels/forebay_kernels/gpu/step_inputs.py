@@ -87,6 +87,27 @@ def _scatter_kernel(
     tl.store(table + place, tl.load(words + lane, mask=held, other=0), mask=held)
 
 
+@triton.jit(do_not_specialize=["count"])
+def _remember_kernel(
+    drawn: tl.tensor,  # [count] int64
+    places: tl.tensor,  # [count] int32
+    positions: tl.tensor,  # [count] int32
+    last: tl.tensor,  # [places] int32
+    tokens: tl.tensor,  # [places, longest] int32
+    count: tl.tensor,
+    last_place: tl.tensor,
+    tokens_place: tl.tensor,
+    TILE: tl.constexpr,
+) -> None:
+    lane = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    held = lane < count
+    token = tl.load(drawn + lane, mask=held, other=0).to(tl.int32)
+    place = tl.load(places + lane, mask=held, other=0).to(tl.int64)
+    position = tl.load(positions + lane, mask=held, other=0)
+    tl.store(last + place * last_place, token, mask=held)
+    tl.store(tokens + place * tokens_place + position, token, mask=held)
+
+
 def step_inputs(
     places: Tensor,  # [rows] int32
     starts: Tensor,  # [rows] int32
@@ -134,3 +155,21 @@ def scatter(table: Tensor, at: Tensor, words: Tensor) -> None:
     if len(at):
         tile = 256
         _scatter_kernel[(triton.cdiv(len(at), tile),)](table, at, words, len(at), TILE=tile)
+
+
+def remember(
+    drawn: Tensor, places: Tensor, positions: Tensor, last: Tensor, tokens: Tensor
+) -> None:
+    """See ``reference.remember``."""
+    tile = 256
+    _remember_kernel[(triton.cdiv(len(drawn), tile),)](
+        drawn,
+        places,
+        positions,
+        last,
+        tokens,
+        len(drawn),
+        last.stride(0),
+        tokens.stride(0),
+        TILE=tile,
+    )

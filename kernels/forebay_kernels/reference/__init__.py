@@ -31,7 +31,7 @@ from forebay_kernels.reference.layers import (
 )
 from forebay_kernels.reference.moe import experts, route
 from forebay_kernels.reference.sampling import sample
-from forebay_kernels.reference.step_inputs import scatter, step_inputs
+from forebay_kernels.reference.step_inputs import remember, scatter, step_inputs
 
 __all__ = [
     "add_rms_norm",
@@ -43,6 +43,7 @@ __all__ = [
     "paged_attention",
     "prepare_qkv",
     "quantize_fp8",
+    "remember",
     "rms_norm",
     "rms_norm_fp8",
     "rope",

@@ -47,3 +47,18 @@ def step_inputs(
 def scatter(table: Tensor, at: Tensor, words: Tensor) -> None:
     """``table[at] = words``, all int32; no place twice."""
     table[at.long()] = words
+
+
+def remember(
+    drawn: Tensor,  # [samples] int64
+    places: Tensor,  # [samples] int32
+    positions: Tensor,  # [samples] int32
+    last: Tensor,  # [places] int32
+    tokens: Tensor,  # [places, longest] int32
+) -> None:
+    """The drawn tokens are the last of their requests, and stand at their positions.
+
+    Of a request with several samples the last token is any of them.
+    """
+    last[places.long()] = drawn.int()
+    tokens[places.long(), positions.long()] = drawn.int()
