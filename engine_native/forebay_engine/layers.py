@@ -141,6 +141,8 @@ class Attention:
             scale=self._scale,
             window=self._window,
             softcap=self._softcap,
+            key_scale=cache.key_scale,
+            value_scale=cache.value_scale,
         )
         return self._out(found.flatten(1))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from importlib import import_module
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -50,7 +50,7 @@ class Model(Protocol):
     """A decoder over a paged cache."""
 
     #: What a step runs depends on shapes alone, so that a recording of it can be replayed.
-    replayable: ClassVar[bool]
+    replayable: bool
 
     def forward(
         self,

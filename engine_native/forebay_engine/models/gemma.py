@@ -35,7 +35,7 @@ def _norm(config: ModelConfig, weights: Weights, name: str) -> RmsNorm:
 class Gemma2:
     """A Gemma 2 decoder; Gemma 3 differs by norms and by config.json."""
 
-    replayable: ClassVar[bool] = True
+    replayable: bool = True
     qk_norm: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:

@@ -5,8 +5,6 @@ Learned positions, norms with bias, and matrices stored as ``[in, out]``.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 import forebay_kernels as kernels
@@ -27,7 +25,7 @@ from forebay_engine.weights import Weights
 class Gpt2:
     """A GPT-2 decoder."""
 
-    replayable: ClassVar[bool] = True
+    replayable: bool = True
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         # The first checkpoints were saved without the head around them.

@@ -11,7 +11,7 @@ import inspect
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +149,7 @@ class TransformersModel:
     """A decoder of transformers, behind the same interface as ours."""
 
     #: Nobody knows what its modules do on the way.
-    replayable: ClassVar[bool] = False
+    replayable: bool = False
 
     def __init__(self, shape: TransformersShape, weights: Weights) -> None:
         model = _load(shape, weights)

@@ -89,6 +89,8 @@ class Step:
             window=layer.window,
             softcap=said.get("softcap"),
             sinks=said.get("s_aux"),
+            key_scale=cache.key_scale,
+            value_scale=cache.value_scale,
         )
         return found.unsqueeze(0)
 

@@ -31,7 +31,7 @@ from forebay_engine.weights import Weights
 class Llama:
     """A Llama decoder; the others of the family differ by these flags and by config.json."""
 
-    replayable: ClassVar[bool] = True
+    replayable: bool = True
     qkv_bias: ClassVar[bool] = False
     qk_norm: ClassVar[bool] = False
     #: Queries, keys and values are stored as one matrix, and so are gate and up.

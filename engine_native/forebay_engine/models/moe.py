@@ -72,8 +72,6 @@ class PackedExperts:
 
 
 class Mixtral(Llama):
-    #: The host has to know which experts are chosen.
-    replayable = False
     #: In the layer; and of an expert gate, up and down.
     block: ClassVar[str] = "block_sparse_moe"
     names: ClassVar[tuple[str, str, str]] = ("w1", "w3", "w2")
@@ -108,7 +106,12 @@ class Mixtral(Llama):
             down = [weights.matrix(f"{e}.{back}", outer, inner) for e in each]
         # As stored, whatever the others are: rounded, it would send tokens to other experts.
         router = Linear(Dense(weights.take(f"{block}.gate.weight", count, outer)))
-        return _mixture(config, router, gate_up, down, device=weights.device, normalised=normalised)
+        mixture = _mixture(
+            config, router, gate_up, down, device=weights.device, normalised=normalised
+        )
+        # Of the others the host has to know which experts are chosen.
+        self.replayable &= isinstance(mixture, PackedExperts)
+        return mixture
 
 
 def _mixture(

@@ -6,8 +6,6 @@ may be narrower than the hidden states.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 import forebay_kernels as kernels
@@ -50,7 +48,7 @@ class PostNormLayer:
 class Opt:
     """An OPT decoder."""
 
-    replayable: ClassVar[bool] = True
+    replayable: bool = True
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         prefix = "decoder" if "decoder.embed_tokens.weight" in weights else "model.decoder"
