@@ -114,7 +114,7 @@ def _as_stored(heads: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tenso
     """``[kv_heads, head_dim]`` as the cache holds it."""
     if scale is None:
         return heads.to(dtype)
-    most = torch.finfo(dtype).max  # what is beyond it would become NaN
+    most = torch.finfo(dtype).max  # not every torch saturates: some give NaN
     return (wide(heads) / wide(scale).unsqueeze(1)).clamp(-most, most).to(dtype)
 
 
