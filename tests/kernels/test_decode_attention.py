@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,17 @@ HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """``few_programs(n)``: so many share the work, in tiles of 16; the interpreter is slow."""
+    """``few_programs(n)``: so many share the work, in tiles of 16; the interpreter is slow.
+
+    Limits are so low that rows and parts take several turns.
+    """
 
     def use(programs: int, rows_at_once: int = 4) -> None:
         chosen = {"tile": 16, "warps": 4, "stages": 2, "programs": programs}
         monkeypatch.setattr(module, "choose", lambda *args, **shape: chosen)
         monkeypatch.setattr(module, "_ROWS", rows_at_once)
+        monkeypatch.setattr(module, "_MOST_PARTS", 4)
+        monkeypatch.setattr(module, "_JOINED", 128)  # of parts of 64 values two at once
 
     use(8)
     return use
@@ -143,6 +149,39 @@ def test_a_launch_serves_all_lengths_up_to_its_bounds(make_case: Any) -> None:
     assert out[4:].isnan().all()  # beyond the rows nothing is written
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_captured_graph_replays_with_other_lengths(make_case: Any, fp8: bool) -> None:
+    case = make_case([(300, 1), (200, 1), (100, 1)], dtype=HALF)
+    case = case.in_fp8() if fp8 else case
+    out = torch.empty_like(case.query)
+
+    def run() -> None:
+        decode_attention(
+            case.query, case.keys, case.values, out, case.batch, scale=0.125, **case.scales
+        )
+
+    run()  # compiled outside of the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for lengths in ((300, 200, 100), (1, 0, 77), (290, 16, 0)):
+        case.batch.lengths.copy_(torch.tensor(lengths))
+        out.fill_(float("nan"))
+        graph.replay()
+        replace(case, batch=replace(case.batch, seq_lens=lengths)).assert_near(out, scale=0.125)
+
+
+def test_pages_before_a_window_are_not_read(make_case: Any) -> None:
+    """They may have been given to others: a table may hold anything there."""
+    case = make_case([(90, 1), (50, 1)], **HEADS)
+    tables = case.batch.block_tables.clone()
+    tables[0, : (90 - 20) // 16] = tables[1, : (50 - 20) // 16] = 1 << 30
+    freed = replace(case, batch=replace(case.batch, block_tables=tables))
+    got = attended(freed, scale=0.125, window=20)
+    case.assert_near(got, scale=0.125, window=20)
+
+
 def test_huge_scores(make_case: Any) -> None:
     """tanh by exponentials must not turn an overflow into NaN, nor exp2 a large maximum."""
     case = make_case([(90, 1), (1, 1)])
@@ -236,7 +275,8 @@ def split_job(
 ) -> dict[str, Any]:
     """The first kernel as ``decode_attention`` launches it with the table's settings."""
     padded = max(16, 1 << (dim - 1).bit_length())
-    chosen = choose("decode_attention", torch.device("cpu"), slot_bytes=padded * (1 if fp8 else 2))
+    group, slot_bytes = heads // kv_heads, padded * (1 if fp8 else 2)
+    chosen = choose("decode_attention", torch.device("cpu"), group=group, slot_bytes=slot_bytes)
     absent = [] if fp8 else ["key_scale", "value_scale"]
     return {
         "kernel": "forebay_kernels.gpu.decode_attention:_split_kernel",
@@ -253,13 +293,13 @@ def split_job(
             **dict.fromkeys(absent),
             "sinks": None,
             "HEADS": heads,
-            "GROUP": heads // kv_heads,
+            "GROUP": group,
             "DIM": dim,
             "BLOCK_SIZE": block_size,
             "WINDOW": 0,
             "SOFTCAP": False,
             "FP8": fp8,
-            "GROUP_PADDED": 16,
+            "GROUP_PADDED": max(16, 1 << (group - 1).bit_length()),
             "DIM_PADDED": padded,
             "TILE": chosen["tile"],
             "MOST_PARTS": 128,

@@ -76,7 +76,7 @@ def _exponents(
 @triton.jit
 def _e4m3(bits: tl.tensor) -> tl.tensor:
     """The low byte of each as an FP8 number."""
-    return (bits & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    return bits.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
 
 
 @triton.jit
@@ -169,8 +169,7 @@ def _split_kernel(
     # A sum for each column of a tile: adding them up once saves two barriers a tile.
     l = tl.zeros([GROUP_PADDED, TILE], tl.float32)  # noqa: E741 - the name in the formula
     if sinks is not None:
-        sink = tl.load(sinks + head, mask=in_group, other=0.0).to(tl.float32) * LOG2_E
-        m = tl.where(part == 0, sink, m)
+        m = tl.load(sinks + head, mask=in_group, other=0.0).to(tl.float32) * LOG2_E
         l += tl.where((column == 0) & (part == 0), 1.0, 0.0)[None, :]  # noqa: E741
     if FP8:
         # A matrix instruction takes values of neighbouring slots in one register, and only pairs of
@@ -331,7 +330,12 @@ def decode_attention(
         return
     dim_padded = max(16, triton.next_power_of_2(dim))
     group = heads // kv_heads
-    chosen = choose("decode_attention", query.device, slot_bytes=dim_padded * keys.element_size())
+    chosen = choose(
+        "decode_attention",
+        query.device,
+        group=group,
+        slot_bytes=dim_padded * keys.element_size(),
+    )
     # Of shapes and bounds alone: a captured graph replays this launch with other lengths.
     most_tiles = rows * -(-max(batch.seq_lens[:rows]) // chosen["tile"])
     parts_aim = max(1, min(-(-chosen["programs"] // kv_heads), most_tiles))
