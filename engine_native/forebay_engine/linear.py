@@ -24,7 +24,7 @@ _waiting = BoundedSemaphore(8)
 class Linear:
     """``x @ matrix.T + bias``, by compiled kernels where there are some for this matrix.
 
-    Those for quantised weights round their inputs to int8, which bfloat16 inputs hardly notice.
+    A CPU's for quantised weights round their inputs to int8, which bfloat16 inputs hardly notice.
     float32 is asked for exactness: for such inputs weights are dequantised, once.
     """
 
@@ -61,12 +61,23 @@ def _product(matrix: Matrix, bias: Tensor | None, dtype: torch.dtype) -> Product
     if isinstance(matrix, Reordered):
         inner, order = _product(matrix.matrix, bias, dtype), matrix.order
         return lambda x: inner(x[:, order])
-    packed = cpu.pack(matrix, bias) if isinstance(matrix, Dense) or dtype != torch.float32 else None
-    if packed is not None:
-        return packed
+    if isinstance(matrix, Dense) or dtype != torch.float32:
+        packed = _packed(matrix, bias, dtype)
+        if packed is not None:
+            return packed
     if isinstance(matrix, Dense):
         return _by_onednn(matrix, bias) or (lambda x: matrices.linear(x, matrix, bias))
     return _product(Dense(matrix.dequantize().to(dtype)), bias, dtype)
+
+
+def _packed(matrix: Matrix, bias: Tensor | None, dtype: torch.dtype) -> Product | None:
+    """By the kernels of the device that the weights are on; None if none takes them."""
+    if matrix.device.type != "cuda":
+        return cpu.pack(matrix, bias)
+    # Imported here: Triton is not there on every system.
+    from forebay_kernels.gpu.linear import pack
+
+    return pack(matrix, bias, dtype)
 
 
 def _by_onednn(matrix: Dense, bias: Tensor | None) -> Product | None:

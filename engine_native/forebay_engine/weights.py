@@ -132,7 +132,7 @@ class Weights:
         if isinstance(found, Dense):
             return self.settled(found.weight, is_head=name == _HEAD)
         if found is not None:
-            return found
+            return found.to(self.device)
         stored = f"{name}.weight"
         weight = self.raw(stored, into, out).T if transposed else self.raw(stored, out, into)
         return self.settled(weight, is_head=name == _HEAD)

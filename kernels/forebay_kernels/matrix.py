@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,20 @@ class Matrix(ABC):
     @abstractmethod
     def dequantize(self) -> Tensor:
         """``[out, in]`` float32."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its values are."""
+        return next(part.device for part in self._parts().values())
+
+    def to(self, device: torch.device) -> Matrix:
+        """The same there."""
+        return replace(self, **{name: part.to(device) for name, part in self._parts().items()})  # type: ignore[type-var]
+
+    def _parts(self) -> dict[str, Tensor | Matrix]:
+        """What it is made of, by the names of its fields."""
+        each = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {name: part for name, part in each.items() if isinstance(part, Tensor | Matrix)}
 
     @classmethod
     @abstractmethod

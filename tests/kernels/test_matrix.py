@@ -186,3 +186,16 @@ def test_the_product_in_integers_is_near_the_exact_one(dtype: torch.dtype) -> No
     rounded, scale = quantize_tokens(x)
     exact = (rounded.long() @ matrix.weight.long().T).float() * scale[:, None] * matrix.scale
     assert torch.equal(got, exact.to(dtype))
+
+
+def test_a_matrix_moves_with_all_that_it_is_made_of() -> None:
+    matrix = Reordered(grouped(1), torch.randperm(IN))
+    assert matrix.device == torch.device("cpu")
+    moved = matrix.to(torch.device("meta"))
+    assert isinstance(moved, Reordered)
+    assert isinstance(moved.matrix, GroupedInt8)
+    parts = (moved.order, moved.matrix.weight, moved.matrix.scale, moved.matrix.zero)
+    assert all(part is not None and part.is_meta for part in parts)
+    assert moved.device == torch.device("meta")
+    assert moved.matrix.group == GROUP
+    assert int4(1).to(torch.device("meta")).shape == (OUT, IN)
