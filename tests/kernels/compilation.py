@@ -6,6 +6,7 @@ A process of its own, as the tests run with Triton's interpreter, which replaces
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -35,11 +36,49 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
     }
     source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=aligned)
     options = {"num_warps": job.get("warps", 4), "num_stages": job.get("stages", 2)}
-    found = triton.compile(source, target=GPUTarget(*TARGET), options=options)
-    registers, stack = _resources(found.asm["cubin"])
+    return _described(triton.compile(source, target=GPUTarget(*TARGET), options=options))
+
+
+def launched(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """The kernels that a function launches, with what Triton makes of the very arguments."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Hopper:
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget(*TARGET)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    found = []
+    run = JITFunction.run
+
+    def warm_up(self: Any, *args: Any, warmup: bool, **options: Any) -> None:
+        found.append(_described(run(self, *args, warmup=True, **options)))
+
+    driver.set_active(Hopper())
+    path, name = job["launch"].split(":")
+    spec = importlib.util.spec_from_file_location("launches", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    JITFunction.run = warm_up
+    try:
+        getattr(module, name)(**job["arguments"])
+    finally:
+        JITFunction.run = run
+    return found
+
+
+def _described(kernel: Any) -> dict[str, Any]:
+    registers, stack = _resources(kernel.asm["cubin"])
     return {
-        "ptx": found.asm["ptx"],
-        "shared_bytes": found.metadata.shared,
+        "ptx": kernel.asm["ptx"],
+        "shared_bytes": kernel.metadata.shared,
         "registers": registers,
         "spilled_bytes": stack,
     }
@@ -63,4 +102,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps([compiled(job) for job in json.load(sys.stdin)]))
+    done: list[dict[str, Any]] = []
+    for job in json.load(sys.stdin):
+        done += launched(job) if "launch" in job else [compiled(job)]
+    print(json.dumps(done))

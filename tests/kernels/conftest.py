@@ -114,7 +114,9 @@ class Compiled:
 
 #: Takes jobs: a dict with ``kernel`` as ``module:function``, the Triton ``types`` of arguments by
 #: name (others are int32), ``constants``, and perhaps ``warps``, ``stages``, and ``aligned``, those
-#: arguments that are promised to be multiples of 16.
+#: arguments that are promised to be multiples of 16. Or a function to call whose launches are to
+#: be compiled, for tensors on the CPU as for a GPU's: ``launch`` as ``file:function``, and its
+#: ``arguments``.
 CompileForHopper = Callable[..., list[Compiled]]
 
 

@@ -15,7 +15,6 @@ import forebay_kernels as kernels
 from forebay_kernels import dispatch, eager
 from forebay_kernels.gpu import decode_attention as module
 from forebay_kernels.gpu.decode_attention import decode_attention
-from forebay_kernels.gpu.tuning import choose
 
 #: (tokens held, tokens run): lengths 0 and 1, page edges at 16, and rows long enough to be split.
 DECODES = [(1, 1), (0, 1), (16, 1), (90, 1)]
@@ -270,85 +269,68 @@ def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, device: torch.devic
         assert (got - want).norm() / want.norm() < case.tolerance
 
 
-def split_job(
-    heads: int, kv_heads: int, dim: int, block_size: int, *, fp8: bool = False, **more: Any
-) -> dict[str, Any]:
-    """The first kernel as ``decode_attention`` launches it with the table's settings."""
-    padded = max(16, 1 << (dim - 1).bit_length())
-    group, slot_bytes = heads // kv_heads, padded * (1 if fp8 else 2)
-    chosen = choose("decode_attention", torch.device("cpu"), group=group, slot_bytes=slot_bytes)
-    absent = [] if fp8 else ["key_scale", "value_scale"]
-    return {
-        "kernel": "forebay_kernels.gpu.decode_attention:_split_kernel",
-        "types": {
-            **dict.fromkeys(("query", "out", "sinks"), "*bf16"),
-            **dict.fromkeys(("keys", "values"), "*fp8e4nv" if fp8 else "*bf16"),
-            **dict.fromkeys(("lengths", "block_tables", "spans"), "*i32"),
-            **dict.fromkeys(("partial", "highest", "total"), "*fp32"),
-            **dict.fromkeys(("key_scale", "value_scale"), "*fp32"),
-            **dict.fromkeys(("scale", "softcap"), "fp32"),
-            "cache_head": "i64",
-        },
-        "constants": {
-            **dict.fromkeys(absent),
-            "sinks": None,
-            "HEADS": heads,
-            "GROUP": group,
-            "DIM": dim,
-            "BLOCK_SIZE": block_size,
-            "WINDOW": 0,
-            "SOFTCAP": False,
-            "FP8": fp8,
-            "GROUP_PADDED": max(16, 1 << (group - 1).bit_length()),
-            "DIM_PADDED": padded,
-            "TILE": chosen["tile"],
-            "MOST_PARTS": 128,
-            "ROWS": 256,
-            "PRECISION": "tf32",
-            "LOG2_E": 1.4426950408889634,
-            **more,
-        },
-        "aligned": [
-            *("query_row", "query_head", "out_row", "out_head"),
-            *("cache_head", "cache_page", "cache_slot"),
-        ],
-        "warps": chosen["warps"],
-        "stages": chosen["stages"],
-    }
+def launch(
+    *, rows: int, heads: int, kv_heads: int, dim: int, page: int, fp8: bool, window: int, cap: bool
+) -> None:
+    """A step in the shapes of an engine: queries beside keys and values, tables with spare room."""
+    cache_type = torch.float8_e4m3fn if fp8 else torch.bfloat16
+    qkv = torch.empty((rows, heads + 2 * kv_heads, dim), dtype=torch.bfloat16)
+    keys, values = (torch.empty((kv_heads, 9, page, dim), dtype=cache_type) for _ in range(2))
+    scale = torch.ones(kv_heads) if fp8 else None
+    batch = kernels.PagedBatch(
+        query_starts=tuple(range(rows + 1)),
+        seq_lens=(100,) * rows,
+        num_decodes=rows,
+        block_tables=torch.zeros((rows, 9 + rows), dtype=torch.int32),
+        lengths=torch.full((rows,), 100, dtype=torch.int32),
+        slots=torch.zeros(rows, dtype=torch.int64),
+    )
+    decode_attention(
+        qkv[:, :heads],
+        keys,
+        values,
+        torch.empty((rows, heads, dim), dtype=torch.bfloat16),
+        batch,
+        scale=dim**-0.5,
+        window=window or None,
+        softcap=50.0 if cap else None,
+        sinks=torch.zeros(heads, dtype=torch.bfloat16) if cap else None,
+        key_scale=scale,
+        value_scale=scale,
+    )
 
 
 @pytest.mark.timeout(180)  # a dozen seconds of compiling where nobody else computes
 def test_hopper_runs_it_from_registers_with_loads_of_16_bytes(compile_for_hopper: Any) -> None:
-    odd = split_job(6, 2, 80, 24, WINDOW=512, SOFTCAP=True)
-    del odd["constants"]["sinks"]
-    split = [
-        split_job(32, 8, 128, 16),  # Llama 3.1 8B
-        split_job(32, 8, 128, 64, fp8=True),
-        split_job(16, 8, 128, 64),  # Qwen3 0.6B
-        split_job(4, 1, 256, 16, WINDOW=512),  # Gemma 3 270M
-        odd,
+    names = ("rows", "heads", "kv_heads", "dim", "page", "fp8", "window", "cap")
+    shapes = [
+        (3, 32, 8, 128, 16, False, 0, False),  # Llama 3.1 8B
+        (7, 32, 8, 128, 16, False, 0, False),
+        (1, 32, 8, 128, 64, True, 0, False),
+        (3, 16, 8, 128, 32, False, 0, False),  # Qwen3 0.6B
+        (3, 4, 1, 256, 16, False, 512, False),  # Gemma 3 270M
+        (3, 6, 2, 80, 24, False, 512, True),
     ]
-    join = {
-        "kernel": "forebay_kernels.gpu.decode_attention:_join_kernel",
-        "types": split[0]["types"],
-        "constants": {
-            "HEADS": 32, "DIM": 128, "DIM_PADDED": 128, "MOST_PARTS": 128, "AT_ONCE": 64,
-        },
-        "aligned": ["out_row", "out_head"],
-    }  # fmt: skip
-    found = compile_for_hopper(*split, join)
+    found = compile_for_hopper(
+        *(
+            {"launch": f"{__file__}:launch", "arguments": dict(zip(names, shape, strict=True))}
+            for shape in shapes
+        )
+    )
+    splits, joins = found[::2], found[1::2]
+    assert len(splits) == len(joins) == len(shapes)
+    assert splits[0] == splits[1]  # other rows: nothing is compiled again
     for one in found:
         assert one.spilled_bytes == 0
-    for one, job in zip(found, split, strict=False):
+    for one in splits:
         assert "mma.sync" in one.ptx
-        # Two blocks a multiprocessor: 227 KiB of memory and 65,536 registers are shared, and each
-        # block takes 1 KiB for itself.
+        # Two blocks of four warps a multiprocessor: 227 KiB of memory and 65,536 registers are
+        # shared, and each block takes 1 KiB for itself.
         assert 2 * (one.shared_bytes + 1024) <= 227 * 1024
-        assert 2 * 32 * job["warps"] * one.registers <= 65536
+        assert 2 * 128 * one.registers <= 65536
         copies = [line for line in one.ptx.splitlines() if "cp.async" in line and "shared" in line]
+        # 32 KiB of keys and values a tile by 128 threads, for 3 tiles ahead of the loop and in it.
+        assert len(copies) == 4 * 32 * 1024 // (16 * 128)
         assert all("cp.async.cg" in line and "0x10" in line for line in copies)
-        # Of a tile's keys and values, so many by each thread, in each of 3 stages and the loop.
-        tile = 2 * job["constants"]["TILE"] * job["constants"]["DIM_PADDED"]
-        size = 1 if job["constants"]["FP8"] else 2
-        assert len(copies) == job["stages"] * tile * size // (16 * 32 * job["warps"])
-    assert "ld.global.v4" in found[-1].ptx or "ld.global.nc.v4" in found[-1].ptx
+    for one in joins:
+        assert "ld.global.v4" in one.ptx
