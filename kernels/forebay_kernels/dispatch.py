@@ -13,7 +13,7 @@ from forebay_kernels.batch import PagedBatch
 from forebay_kernels.cpu import available
 from forebay_kernels.cpu import operators as compiled
 from forebay_kernels.matrix import Matrix
-from forebay_kernels.sampling import Drawn, SamplingRows
+from forebay_kernels.sampling import ANYTHING, Drawn, SamplingRows, Wants
 
 # Triton's modules are imported where they are needed: triton is not on every system, and takes
 # 0.24 s to import.
@@ -87,20 +87,16 @@ def argmax(x: Tensor) -> Tensor:
 def sample(
     logits: Tensor,  # [rows, vocab]
     rows: SamplingRows,
+    asked: Wants = ANYTHING,
     *,
     softcap: float | None = None,
-    logprobs: bool = False,
-    plain: bool = False,
 ) -> Drawn:
-    """A token for each row; see ``reference.sample``. May take tokens into ``rows.table.counts``.
-
-    ``plain``: no row asks for more than a temperature and its log-probability, nor has a mask.
-    """
+    """A token for each row; see ``reference.sample``. ``rows.table.counts`` may be kept up."""
     if has_triton(logits):
         from forebay_kernels.gpu import sampling
 
-        return sampling.sample(logits, rows, softcap=softcap, logprobs=logprobs, plain=plain)
-    return reference.sample(logits, rows, softcap=softcap, logprobs=logprobs)
+        return sampling.sample(logits, rows, asked, softcap=softcap)
+    return reference.sample(logits, rows, asked, softcap=softcap)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -24,7 +24,10 @@ NO_EDIT = 2**31 - 1
 
 
 class Wants(IntFlag):
-    """What a request asks beyond the likeliest token: bits of ``Setting.WANTS``."""
+    """What a request asks beyond the likeliest token: bits of ``Setting.WANTS``.
+
+    Of all rows of a step together, which its caller knows, they choose the kernels that run.
+    """
 
     #: It has lines in ``edits``.
     EDITS = 1
@@ -38,6 +41,12 @@ class Wants(IntFlag):
     #: Noise comes from the place's first mark key, if it has any, and not from its position.
     MARKED_NOISE = 32
     LOGPROB = 64
+    #: Of all rows together: some have a line of masks. A row says so by ``mask_lines`` alone.
+    MASKS = 128
+
+
+#: Whatever a row may ask for.
+ANYTHING = ~Wants(0)
 
 
 class Setting(IntEnum):

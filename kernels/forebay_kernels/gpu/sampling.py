@@ -35,7 +35,15 @@ from forebay_kernels.gpu.adjustment import (
 from forebay_kernels.gpu.noise import MOST_NOISE, gumbel, most_gumbel, position_key, token_bits
 from forebay_kernels.gpu.truncation import limits_of
 from forebay_kernels.gpu.tuning import choose
-from forebay_kernels.sampling import MOST_MARK_KEYS, NO_TOKEN, SETTINGS, Drawn, SamplingRows
+from forebay_kernels.sampling import (
+    ANYTHING,
+    MOST_MARK_KEYS,
+    NO_TOKEN,
+    SETTINGS,
+    Drawn,
+    SamplingRows,
+    Wants,
+)
 
 _SETTINGS = tl.constexpr(SETTINGS)
 _NO_TOKEN = tl.constexpr(NO_TOKEN)
@@ -119,7 +127,8 @@ def _draw_kernel(
     MARK_KEYS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     LOGPROBS: tl.constexpr,
-    PLAIN: tl.constexpr,  # no row asks for more than temperature and log-probability
+    ADJUSTS: tl.constexpr,
+    TRUNCATES: tl.constexpr,
 ) -> None:
     row = tl.program_id(0)
     share = tl.program_id(1)
@@ -134,10 +143,9 @@ def _draw_kernel(
     mask_line = tl.load(mask_lines + row)
     seed = (tl.load(own + SEED_HIGH).to(tl.int64) << 32) | tl.load(own + SEED_LOW).to(tl.uint32)
     key = position_key(seed, position)
-    if not PLAIN:
+    if wants & MARKED_NOISE != 0:
         mark = tl.load(mark_keys + row.to(tl.int64) * MARK_KEYS).to(tl.uint64)
-        marked = (wants & MARKED_NOISE != 0) & (tl.load(mark_counts + row) > 0)
-        key = tl.where(marked, mark, key)
+        key = tl.where(tl.load(mark_counts + row) > 0, mark, key)
 
     lane = tl.arange(0, TILE)
     begin = share * SHARE
@@ -159,14 +167,12 @@ def _draw_kernel(
                 finite = tl.where(m_next == float("-inf"), 0.0, m_next)
                 s = s * tl.exp(m - finite) + tl.exp(x - finite)
                 m = m_next
-        if PLAIN:
-            z = x * scale
-        else:
-            z = adjusted(
-                x, start, row, request, wants, scale, position, mask_line,
-                own, edits, tokens, counts, counted, masks, mark_keys, mark_counts,
-                tokens_row, counts_row, masks_row, VOCAB, TILE, WIDTH, MARK_KEYS,
-            )  # fmt: skip
+        z = adjusted(
+            x, start, row, request, wants, scale, position, mask_line,
+            own, edits, tokens, counts, counted, masks, mark_keys, mark_counts,
+            tokens_row, counts_row, masks_row, VOCAB, TILE, WIDTH, MARK_KEYS, ADJUSTS,
+        )  # fmt: skip
+        if TRUNCATES:  # noqa: SIM102 - one is known when this is compiled
             if wants & TRUNCATION != 0:
                 # Kept if not below: so a NaN is.
                 z = tl.where(z < tl.load(limits + row), float("-inf"), z)
@@ -234,16 +240,15 @@ def _join_kernel(
 def sample(
     logits: Tensor,  # [rows, vocab]
     rows: SamplingRows,
+    asked: Wants = ANYTHING,
     *,
     softcap: float | None = None,
-    logprobs: bool = False,
-    plain: bool = False,
 ) -> Drawn:
     """A token for each row; see ``reference.sample``.
 
-    Nothing here waits for the device, and launches depend on shapes and flags alone. ``plain``
-    promises that no row asks for more than a temperature and its log-probability, nor has a mask:
-    two launches then instead of four, of a kernel that knows nothing else.
+    Nothing here waits for the device, and launches depend on shapes and on ``asked`` alone: what is
+    not in it is not looked for, so two launches do for rows that ask for a temperature at most, one
+    more counts tokens for penalties, and one finds limits.
     """
     count, vocab = logits.shape
     _check(logits, rows)
@@ -257,8 +262,10 @@ def sample(
     told = torch.empty((2, count), dtype=torch.float32, device=device)
     if count == 0:
         return Drawn(tokens=drawn, logprobs=told[0], totals=told[1])
+    adjusts = bool(asked & ~(Wants.TRUNCATION | Wants.MARKED_NOISE | Wants.LOGPROB))
+    logprobs = Wants.LOGPROB in asked
     limits = values  # not read
-    if not plain:
+    if Wants.PENALTIES in asked:
         _count_kernel[(count,)](
             rows.requests,
             rows.positions,
@@ -271,7 +278,8 @@ def sample(
             table.counts.stride(0),
             TILE=_COUNT_TILE,
         )
-        limits = limits_of(logits, rows, softcap)
+    if Wants.TRUNCATION in asked:
+        limits = limits_of(logits, rows, softcap, adjusts=adjusts)
     _draw_kernel[(count, shares)](
         logits,
         rows.requests,
@@ -302,7 +310,8 @@ def sample(
         MARK_KEYS=MOST_MARK_KEYS,
         SOFTCAP=softcap is not None,
         LOGPROBS=logprobs,
-        PLAIN=plain,
+        ADJUSTS=adjusts,
+        TRUNCATES=Wants.TRUNCATION in asked,
         num_warps=chosen["warps"],
     )
     _join_kernel[(count,)](

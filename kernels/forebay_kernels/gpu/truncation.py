@@ -57,10 +57,12 @@ def _value(ordered: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _reaching(ordered: tl.tensor, weights: tl.tensor, target: tl.tensor) -> tl.tensor:
-    """The largest v that elements of at least the ``target`` in weight reach; 0: none."""
+def _reaching(
+    ordered: tl.tensor, weights: tl.tensor, target: tl.tensor, BITS: tl.constexpr
+) -> tl.tensor:
+    """The largest v of ``BITS`` leading bits that so much weight reaches; 0: none."""
     found = tl.full([], 0, tl.uint32)
-    for step in range(32):
+    for step in range(BITS):
         trial = found | (tl.full([], 1, tl.uint32) << (31 - step))
         enough = tl.sum(tl.where(ordered >= trial, weights, 0.0), 0) >= target
         found = tl.where(enough, trial, found)
@@ -68,43 +70,12 @@ def _reaching(ordered: tl.tensor, weights: tl.tensor, target: tl.tensor) -> tl.t
 
 
 @triton.jit
-def _tile(
-    start: tl.tensor,
-    row: tl.tensor,
-    request: tl.tensor,
-    wants: tl.tensor,
-    scale: tl.tensor,
-    position: tl.tensor,
-    mask_line: tl.tensor,
-    logits: tl.tensor,
-    settings: tl.tensor,
-    edits: tl.tensor,
-    tokens: tl.tensor,
-    counts: tl.tensor,
-    counted: tl.tensor,
-    masks: tl.tensor,
-    mark_keys: tl.tensor,
-    mark_counts: tl.tensor,
-    softcap: tl.tensor,
-    logits_row: tl.tensor,
-    tokens_row: tl.tensor,
-    counts_row: tl.tensor,
-    masks_row: tl.tensor,
-    VOCAB: tl.constexpr,
-    TILE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    MARK_KEYS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+def _loaded(
+    logits: tl.tensor, start: tl.tensor, VOCAB: tl.constexpr, TILE: tl.constexpr
 ) -> tl.tensor:
-    """z of the tokens ``start .. start + TILE``; minus infinity past the vocabulary's end."""
+    """The row's logits ``start .. start + TILE``; minus infinity past the vocabulary's end."""
     ids = start + tl.arange(0, TILE)
-    x = tl.load(logits + row.to(tl.int64) * logits_row + ids, mask=ids < VOCAB, other=float("-inf"))
-    x = capped(x, ids < VOCAB, softcap, SOFTCAP)
-    return adjusted(
-        x, start, row, request, wants, scale, position, mask_line,
-        settings, edits, tokens, counts, counted, masks, mark_keys, mark_counts,
-        tokens_row, counts_row, masks_row, VOCAB, TILE, WIDTH, MARK_KEYS,
-    )  # fmt: skip
+    return tl.load(logits + ids, mask=ids < VOCAB, other=float("-inf"))
 
 
 @triton.jit
@@ -129,7 +100,6 @@ def _reaching_in_row(
     mark_keys: tl.tensor,
     mark_counts: tl.tensor,
     softcap: tl.tensor,
-    logits_row: tl.tensor,
     tokens_row: tl.tensor,
     counts_row: tl.tensor,
     masks_row: tl.tensor,
@@ -138,8 +108,10 @@ def _reaching_in_row(
     WIDTH: tl.constexpr,
     MARK_KEYS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    ADJUSTS: tl.constexpr,
 ) -> tl.tensor:
     """As ``_reaching``, of the whole row, two bits a pass; a pass before them sums the mass."""
+    lane = tl.arange(0, TILE)
     one = tl.full([], 1, tl.uint32)
     found = tl.full([], 0, tl.uint32)
     for step in range(17):
@@ -147,11 +119,14 @@ def _reaching_in_row(
         low = tl.zeros([TILE], tl.float32)
         middle = tl.zeros([TILE], tl.float32)
         high = tl.zeros([TILE], tl.float32)
+        x_next = _loaded(logits, 0, VOCAB, TILE)
         for start in range(0, VOCAB, TILE):
-            z = _tile(
-                start, row, request, wants, scale, position, mask_line, logits, settings, edits,
-                tokens, counts, counted, masks, mark_keys, mark_counts, softcap, logits_row,
-                tokens_row, counts_row, masks_row, VOCAB, TILE, WIDTH, MARK_KEYS, SOFTCAP,
+            x = capped(x_next, start + lane < VOCAB, softcap, SOFTCAP)
+            x_next = _loaded(logits, start + TILE, VOCAB, TILE)
+            z = adjusted(
+                x, start, row, request, wants, scale, position, mask_line,
+                settings, edits, tokens, counts, counted, masks, mark_keys, mark_counts,
+                tokens_row, counts_row, masks_row, VOCAB, TILE, WIDTH, MARK_KEYS, ADJUSTS,
             )  # fmt: skip
             ordered = _ordered(z)
             weight = tl.where(by_mass, tl.exp(z - top), 1.0)
@@ -196,6 +171,7 @@ def _limit_kernel(
     WIDTH: tl.constexpr,
     MARK_KEYS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    ADJUSTS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0)
     line = tl.load(requests + row)
@@ -213,12 +189,17 @@ def _limit_kernel(
     position = tl.load(positions + row)
     mask_line = tl.load(mask_lines + row)
 
+    lane = tl.arange(0, TILE)
+    logits += row.to(tl.int64) * logits_row
     tops = tl.full([TILE], float("-inf"), tl.float32)
+    x_next = _loaded(logits, 0, VOCAB, TILE)
     for start in range(0, VOCAB, TILE):
-        z = _tile(
-            start, row, request, wants, scale, position, mask_line, logits, own, edits, tokens,
-            counts, counted, masks, mark_keys, mark_counts, softcap, logits_row, tokens_row,
-            counts_row, masks_row, VOCAB, TILE, WIDTH, MARK_KEYS, SOFTCAP,
+        x = capped(x_next, start + lane < VOCAB, softcap, SOFTCAP)
+        x_next = _loaded(logits, start + TILE, VOCAB, TILE)
+        z = adjusted(
+            x, start, row, request, wants, scale, position, mask_line,
+            own, edits, tokens, counts, counted, masks, mark_keys, mark_counts,
+            tokens_row, counts_row, masks_row, VOCAB, TILE, WIDTH, MARK_KEYS, ADJUSTS,
         )  # fmt: skip
         tops = tl.maximum(tops, z)
     top = tl.max(tops, 0)
@@ -226,15 +207,18 @@ def _limit_kernel(
     limit = top + real(own + LOG_MIN_P)
 
     if by_k | by_p:
-        least = _reaching(_ordered(tops), 1.0, tl.where(few, top_k, MOST))
+        least = _reaching(_ordered(tops), 1.0, tl.where(few, top_k, MOST), 16)
         least = tl.maximum(least, _BANNED + 1)
         held = tl.full([], 0, tl.int32)
         total = tl.zeros([TILE], tl.float32)
+        x_next = _loaded(logits, 0, VOCAB, TILE)
         for start in range(0, VOCAB, TILE):
-            z = _tile(
-                start, row, request, wants, scale, position, mask_line, logits, own, edits, tokens,
-                counts, counted, masks, mark_keys, mark_counts, softcap, logits_row, tokens_row,
-                counts_row, masks_row, VOCAB, TILE, WIDTH, MARK_KEYS, SOFTCAP,
+            x = capped(x_next, start + lane < VOCAB, softcap, SOFTCAP)
+            x_next = _loaded(logits, start + TILE, VOCAB, TILE)
+            z = adjusted(
+                x, start, row, request, wants, scale, position, mask_line,
+                own, edits, tokens, counts, counted, masks, mark_keys, mark_counts,
+                tokens_row, counts_row, masks_row, VOCAB, TILE, WIDTH, MARK_KEYS, ADJUSTS,
             )  # fmt: skip
             if by_p:
                 total += tl.exp(z - top)
@@ -249,44 +233,42 @@ def _limit_kernel(
         some = tl.load(gathered + row * HELD + slot, mask=slot < held, other=float("-inf"))
         ordered = _ordered(some)
 
-        kth = tl.full([], 0, tl.uint32)
-        if by_k:
-            if few & (held <= HELD):
-                kth = _reaching(ordered, 1.0, top_k)
-            else:
-                kth = _reaching_in_row(
-                    False, top_k.to(tl.float32), kth, top, row, request, wants, scale, position,
-                    mask_line, logits, own, edits, tokens, counts, counted, masks, mark_keys,
-                    mark_counts, softcap, logits_row, tokens_row, counts_row, masks_row,
-                    VOCAB, TILE, WIDTH, MARK_KEYS, SOFTCAP,
-                )  # fmt: skip
-            limit = tl.maximum(limit, _value(kth))
-        if by_p:
-            weights = tl.where(ordered >= tl.maximum(kth, _BANNED + 1), tl.exp(some - top), 0.0)
-            mass = tl.sum(weights, 0)
-            # The k likeliest are all among those gathered; of all tokens the sum is known.
-            target = top_p * tl.where(by_k, mass, tl.sum(total, 0))
-            if (held <= HELD) & (few | ~by_k) & (mass >= target):
-                nucleus = _reaching(ordered, weights, target)
-            else:
-                nucleus = _reaching_in_row(
-                    True, top_p, tl.maximum(kth, _BANNED + 1), top, row, request, wants, scale,
-                    position, mask_line, logits, own, edits, tokens, counts, counted, masks,
-                    mark_keys, mark_counts, softcap, logits_row, tokens_row, counts_row,
-                    masks_row, VOCAB, TILE, WIDTH, MARK_KEYS, SOFTCAP,
-                )  # fmt: skip
-            limit = tl.maximum(limit, _value(nucleus))
+        floor = tl.full([], 0, tl.uint32) + (_BANNED + 1)  # what lies below does not count
+        for step in range(2):  # top-k, then top-p
+            by_mass = step == 1
+            if (by_p & by_mass) | (by_k & (step == 0)):
+                weights = tl.where(by_mass, tl.exp(some - top), 1.0)
+                weights = tl.where(ordered >= floor, weights, 0.0)
+                weight = tl.sum(weights, 0)
+                # The k likeliest are all among those gathered; of all tokens the sum is known.
+                mass = top_p * tl.where(by_k, weight, tl.sum(total, 0))
+                target = tl.where(by_mass, mass, top_k.to(tl.float32))
+                known = few | (by_mass & (by_k == 0) & (weight >= target))
+                if known & (held <= HELD):
+                    found = _reaching(ordered, weights, target, 32)
+                else:
+                    found = _reaching_in_row(
+                        by_mass, tl.where(by_mass, top_p, target), floor, top, row, request, wants,
+                        scale, position, mask_line, logits, own, edits, tokens, counts, counted,
+                        masks, mark_keys, mark_counts, softcap, tokens_row, counts_row, masks_row,
+                        VOCAB, TILE, WIDTH, MARK_KEYS, SOFTCAP, ADJUSTS,
+                    )  # fmt: skip
+                limit = tl.maximum(limit, _value(found))
+                floor = tl.maximum(floor, found)
     tl.store(limits + row, limit)
 
 
-def limits_of(logits: Tensor, rows: SamplingRows, softcap: float | None) -> Tensor:
+def limits_of(
+    logits: Tensor, rows: SamplingRows, softcap: float | None, *, adjusts: bool
+) -> Tensor:
     """What z must reach in each row that truncates; what is there for the others is not said.
 
-    ``[rows] float32``. ``counts`` must hold the tokens before the guesses.
+    ``[rows] float32``. ``counts`` must hold the tokens before the guesses. ``adjusts``: some rows
+    may ask for more than a temperature.
     """
     count, vocab = logits.shape
     table = rows.table
-    chosen = choose("truncate", logits.device, vocab=vocab)
+    chosen = choose("truncate", logits.device, vocab=vocab, adjusts=adjusts)
     tile = chosen["tile"]
     limits = torch.empty(count, dtype=torch.float32, device=logits.device)
     gathered = torch.empty((count, tile // 2), dtype=torch.float32, device=logits.device)
@@ -317,6 +299,7 @@ def limits_of(logits: Tensor, rows: SamplingRows, softcap: float | None) -> Tens
         WIDTH=table.edits.shape[2],
         MARK_KEYS=MOST_MARK_KEYS,
         SOFTCAP=softcap is not None,
+        ADJUSTS=adjusts,
         num_warps=chosen["warps"],
     )
     return limits

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from forebay_kernels.reference.layers import wide
-from forebay_kernels.sampling import NO_EDIT, NO_TOKEN, Drawn, SamplingRows, Setting, Wants
+from forebay_kernels.sampling import (
+    ANYTHING,
+    NO_EDIT,
+    NO_TOKEN,
+    Drawn,
+    SamplingRows,
+    Setting,
+    Wants,
+)
 
 _WORD = (1 << 32) - 1
 _LONG = (1 << 64) - 1
@@ -17,9 +25,9 @@ _LONG = (1 << 64) - 1
 def sample(
     logits: Tensor,  # [rows, vocab]
     rows: SamplingRows,
+    asked: Wants = ANYTHING,
     *,
     softcap: float | None = None,
-    logprobs: bool = False,
 ) -> Drawn:
     """``argmax(z + noise(key, token))`` over the tokens that are kept; greedy: ``argmax(z)``.
 
@@ -30,7 +38,8 @@ def sample(
     equal sums the lowest token is drawn; ``NO_TOKEN`` where z is minus infinity everywhere, or NaN
     or infinity anywhere. A mask takes the NaN of a banned token away; an edit does not.
 
-    ``logprobs`` are those of ``softcap * tanh(logits / softcap)``, before anything else is done.
+    ``asked`` is what the rows ask for together, masks included: nothing else need be looked for.
+    Log-probabilities are those of ``softcap * tanh(logits / softcap)``, before all else is done.
     """
     whole = wide(logits)
     if softcap is not None:
@@ -45,7 +54,7 @@ def sample(
         if Wants.LOGPROB in wants and tokens[row] >= 0:
             total = whole[row].logsumexp(-1)
             told[:, row] = torch.stack((whole[row, tokens[row]] - total, total))
-    if not logprobs:
+    if Wants.LOGPROB not in asked:
         return Drawn(tokens=tokens)
     return Drawn(tokens=tokens, logprobs=told[0], totals=told[1])
 
