@@ -370,12 +370,12 @@ def _draw_job(device: torch.device, vocab: int, adjusts: bool, logprobs: bool) -
         "kernel": "forebay_kernels.gpu.sampling:_draw_kernel",
         "types": TYPES,
         "constants": {
-            "VOCAB": vocab, "SHARE": chosen["tile"] * chosen["tiles"], "TILE": chosen["tile"],
-            "WIDTH": 16, "MARK_KEYS": 64, "SOFTCAP": adjusts, "LOGPROBS": logprobs,
+            "VOCAB": vocab, "TILE": chosen["tile"], "WIDTH": 16, "MARK_KEYS": 64,
+            "SOFTCAP": adjusts, "LOGPROBS": logprobs,
             "ADJUSTS": adjusts, "TRUNCATES": adjusts,
         },
         "warps": chosen["warps"],
-        "aligned": ["logits_row", "counts_row"],
+        "aligned": ["logits_row", "counts_row", "size"],
     }  # fmt: skip
 
 
@@ -390,5 +390,5 @@ def _limit_job(device: torch.device, vocab: int, adjusts: bool) -> dict[str, Any
             "MARK_KEYS": 64, "SOFTCAP": False, "ADJUSTS": adjusts,
         },
         "warps": chosen["warps"],
-        "aligned": ["logits_row", "counts_row"],
+        "aligned": ["logits_row", "counts_row", "size"],
     }  # fmt: skip

@@ -14,7 +14,7 @@ from forebay_engine.gpu.layout import Samples, Sections
 from forebay_engine.gpu.sampling import mask
 from forebay_engine.gpu.table import RequestTable
 from forebay_kernels import SamplingRows
-from forebay_kernels.sampling import MOST_MARK_KEYS
+from forebay_kernels.sampling import MOST_MARK_KEYS, Wants
 
 #: Of rows that draw with a guide, what may come: by ``seq_id``, ``[1 + guesses, vocab]`` bool.
 Allowed = Future[Mapping[int, Tensor]]
@@ -38,11 +38,11 @@ class Drawing:
             self._table.sampling.counts.index_fill_(0, sections.cleared.long(), 0)
 
     def draw(
-        self, logits: Tensor, sections: Sections, samples: Samples, allowed: Allowed, plain: bool
+        self, logits: Tensor, sections: Sections, samples: Samples, allowed: Allowed, asked: Wants
     ) -> Tensor:
         """A token for each row of ``logits`` ``[samples, vocab]``, which the next step finds.
 
-        :param plain: all that is asked for is a temperature.
+        :param asked: by its rows together, beyond a temperature.
         """
         count = len(logits)
         if not count:
@@ -57,7 +57,7 @@ class Drawing:
             mark_keys=self._no_keys[:count],
             mark_counts=self._nothing[:count],
         )
-        tokens = kernels.sample(logits, rows, plain=plain).tokens
+        tokens = kernels.sample(logits, rows, asked).tokens
         kernels.remember(
             tokens,
             sections.sample_places,

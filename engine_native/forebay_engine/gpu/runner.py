@@ -15,7 +15,9 @@ import logging
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from functools import reduce
 from itertools import accumulate
+from operator import or_
 
 import torch
 from torch import Tensor
@@ -39,6 +41,7 @@ from forebay_engine.scoring import score_prompts
 from forebay_engine.sequence import SamplingParams
 from forebay_engine.step import Row, Sampled, StepPlan, StepResult
 from forebay_kernels import PagedBatch
+from forebay_kernels.sampling import Wants
 
 #: Rows of the steps that are timed at the start, whatever ``max_sequences`` is.
 _TIMED_ROWS = 32
@@ -179,8 +182,10 @@ class DeviceRunner:
         every = len(samples.at) == len(hidden)
         chosen = hidden if every else hidden.index_select(0, sections.sample_at)
         logits = self._model.logits(chosen) if len(chosen) else chosen
-        plain = all(place.plain for place in places) and not (samples.masked or samples.by_host)
-        drawn = self._drawing.draw(logits, sections, samples, allowed, plain)
+        asked = Wants(reduce(or_, (place.asked for place in places), 0))
+        if samples.masked:
+            asked |= Wants.MASKS
+        drawn = self._drawing.draw(logits, sections, samples, allowed, asked)
         for row, place in zip(rows, places, strict=True):
             place.drawn = row.sample
         return LaunchedStep(

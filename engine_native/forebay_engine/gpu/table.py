@@ -20,8 +20,6 @@ from forebay_kernels.sampling import SETTINGS, Wants
 
 #: Tokens whose logits a request may change on the device; who changes more is drawn by the host.
 EDITS = 32
-#: What draws of one launch fewer may ask for.
-_PLAIN = Wants.LOGPROB
 
 
 @dataclass(slots=True)
@@ -33,10 +31,11 @@ class Place:
     pages: list[int]
     #: The parameters that it knows.
     sampling: SamplingParams | None = None
-    #: The device can draw with them; with a temperature and nothing more; it counts tokens.
+    #: The device can draw with them; it counts tokens.
     draws: bool = False
-    plain: bool = False
     counts: bool = False
+    #: What the device is asked for beyond a temperature: ``Wants``, whose own sums are slow.
+    asked: int = 0
     #: The last step drew a token for it.
     drawn: bool = False
 
@@ -166,12 +165,13 @@ class RequestTable:
     def _tell_sampling(self, place: Place, row: Row, changes: Changes) -> None:
         params, number = row.sampling, place.number
         place.sampling, place.draws = params, self.draws(params)
-        place.plain = place.counts = False
+        place.asked, place.counts = 0, False
         if not place.draws:
             return
         line = settings(params, row.num_prompt).tolist()
         asked = Wants(line[0])
-        place.plain, place.counts = not asked & ~_PLAIN, Wants.PENALTIES in asked
+        place.asked = int(asked & ~Wants.LOGPROB)  # log-probabilities are computed apart
+        place.counts = Wants.PENALTIES in asked
         changes.add(self._first["settings"] + number * SETTINGS, line)
         if Wants.EDITS in asked:
             words = edits(params, row.num_prompt, self._eos, EDITS).flatten().tolist()

@@ -120,8 +120,8 @@ def _draw_kernel(
     tokens_row: tl.tensor,
     counts_row: tl.tensor,
     masks_row: tl.tensor,
+    size: tl.tensor,  # tokens of a share: a multiple of TILE
     VOCAB: tl.constexpr,
-    SHARE: tl.constexpr,
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
     MARK_KEYS: tl.constexpr,
@@ -148,8 +148,8 @@ def _draw_kernel(
         key = tl.where(tl.load(mark_counts + row) > 0, mark, key)
 
     lane = tl.arange(0, TILE)
-    begin = share * SHARE
-    end = tl.where(line >= 0, tl.minimum(begin + SHARE, VOCAB), begin)  # padding: nothing
+    begin = share * size
+    end = tl.where(line >= 0, tl.minimum(begin + size, VOCAB), begin)  # padding: nothing
     best = tl.full([], float("-inf"), tl.float32)
     token = tl.full([], 0, tl.int32)
     m = tl.full([TILE], float("-inf"), tl.float32)
@@ -254,8 +254,8 @@ def sample(
     _check(logits, rows)
     device, table = logits.device, rows.table
     chosen = choose("sample", device, rows=count, vocab=vocab)
-    share = chosen["tile"] * chosen["tiles"]
-    shares = triton.cdiv(vocab, share)
+    size = chosen["tile"] * chosen["tiles"]
+    shares = triton.cdiv(vocab, size)
     drawn = torch.empty(count, dtype=torch.int64, device=device)
     values, highest, total = torch.empty((3, count, shares), dtype=torch.float32, device=device)
     found = torch.empty((count, shares), dtype=torch.int32, device=device)
@@ -303,8 +303,8 @@ def sample(
         table.tokens.stride(0),
         table.counts.stride(0),
         rows.masks.stride(0),
+        size,
         VOCAB=vocab,
-        SHARE=share,
         TILE=chosen["tile"],
         WIDTH=table.edits.shape[2],
         MARK_KEYS=MOST_MARK_KEYS,
@@ -329,7 +329,9 @@ def sample(
         logits.stride(0),
         shares,
         VOCAB=vocab,
-        SHARES_PADDED=triton.next_power_of_2(shares),
+        SHARES_PADDED=triton.next_power_of_2(
+            triton.cdiv(vocab, chosen["tile"])
+        ),  # one for all rows
         SOFTCAP=softcap is not None,
         LOGPROBS=logprobs,
         num_warps=1,
