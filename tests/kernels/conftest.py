@@ -128,7 +128,7 @@ def compile_for_hopper(tmp_path: Path) -> CompileForHopper:
         env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
         env.pop("TRITON_INTERPRET", None)
         done = subprocess.run(
-            [sys.executable, "-P", str(Path(__file__).with_name("compilation.py"))],
+            [sys.executable, "-P", "-W", "error", str(Path(__file__).with_name("compilation.py"))],
             input=json.dumps(jobs),
             env=env,
             capture_output=True,
