@@ -1,0 +1,90 @@
+"""Seconds that work takes on the device, and what the device can do at best."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: More than a GPU's second cache holds (60 MB on an H200): written between two runs, so that each
+#: finds its input in memory, as a layer does whose turn comes after all the others.
+_FLUSH = 256 << 20
+_WARM_UPS, _RUNS = 3, 20
+
+
+def seconds(run: Callable[[], object], device: torch.device, runs: int = _RUNS) -> float:
+    """The median of some runs."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+    flush = torch.empty(_FLUSH, dtype=torch.int8, device=device)
+    for _ in range(_WARM_UPS):
+        run()
+    marks = []
+    for _ in range(runs):
+        flush.zero_()
+        marks.append((mark(), mark()))
+        marks[-1][0].record()
+        run()
+        marks[-1][1].record()
+    torch.cuda.synchronize()
+    return statistics.median(float(one.elapsed_time(other)) for one, other in marks) / 1e3
+
+
+def mark() -> Any:
+    """A place in the device's queue whose time is taken, once ``record`` is called."""
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """Bytes a second of a copy, and operations a second of a matrix product, by unit."""
+
+    copy: float
+    flops: dict[str, float]
+
+    def least(self, amount: int, flops: int, unit: str) -> float:
+        """Seconds under which nobody moves so many bytes or makes so many operations."""
+        return max(amount / self.copy, flops / self.flops[unit] if flops else 0.0)
+
+
+def ceilings(device: torch.device, small: bool) -> Ceilings:
+    """Measured with torch's own copy and products, on random data: zeros make clocks rise."""
+    size = 1 << 20 if small else 4 << 30
+    source = torch.randint(0, 127, (size,), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    copy = 2 * size / seconds(lambda: target.copy_(source), device)
+    n = 64 if small else 8192
+    a, b = (torch.randn(n, n, device=device) for _ in range(2))
+    products: dict[str, Callable[[], Tensor]] = {"bf16": _product(a.bfloat16(), b.bfloat16())}
+    if device.type == "cuda":
+        products |= {"fp8": _fp8_product(a, b), "int8": _int8_product(a, b)}
+    rates = {unit: 2 * n**3 / seconds(run, device) for unit, run in products.items()}
+    return Ceilings(
+        copy, {unit: rates.get(unit, rates["bf16"]) for unit in ("bf16", "fp8", "int8")}
+    )
+
+
+def _product(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
+    return lambda: a @ b
+
+
+def _fp8_product(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
+    x, w = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
+    one = torch.ones((), device=a.device)
+
+    def run() -> Tensor:
+        return torch._scaled_mm(x, w.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+
+    return run
+
+
+def _int8_product(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
+    x, w = (value.mul(30).clamp(-127, 127).to(torch.int8) for value in (a, b))
+    return lambda: torch._int_mm(x, w.t())
