@@ -117,9 +117,9 @@ def check_row(row: Row, block_size: int) -> None:
         raise ValueError(f"sequence {row.seq_id}: an unknown token must be all that it runs")
     if row.draft and (not row.sample or row.count <= len(row.draft)):
         raise ValueError(f"sequence {row.seq_id}: guesses do not follow its last token")
+    first, last = row.start // block_size, -(-end // block_size)
     for table in row.block_tables:
-        pages = table[row.start // block_size : -(-end // block_size)]
-        if end > len(table) * block_size or min(pages) < 0:
+        if last > len(table) or min(table[first:last]) < 0:
             raise ValueError(
                 f"sequence {row.seq_id}: {end} tokens do not fit its {len(table)} pages"
             )

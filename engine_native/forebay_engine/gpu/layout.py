@@ -102,20 +102,25 @@ class Samples:
             end += row.count
             if not row.sample:
                 continue
-            found.first[row.seq_id] = first = len(found.at)
             count = 1 + len(row.draft)
-            found.at.extend(range(end - count, end))
-            found.places.extend([place.number] * count)
-            behind = row.start + row.count
-            found.positions.extend(range(behind - count + 1, behind + 1))
+            first, behind = len(found.at), row.start + row.count
+            found.first[row.seq_id] = first
+            if count == 1:  # the loops of a step of 256 rows are what the host does longest
+                found.at.append(end - 1)
+                found.places.append(place.number)
+                found.positions.append(behind)
+                found.masks.append(-1)
+            else:
+                found.at.extend(range(end - count, end))
+                found.places.extend([place.number] * count)
+                found.positions.extend(range(behind - count + 1, behind + 1))
+                found.masks.extend([-1] * count)
             if not place.draws:
                 found.by_host.append(row)
             elif row.guide is not None or row.sampling.allowed_token_ids:
                 found.masked.append(row)
-                found.masks.extend(range(masks, masks + count))
+                found.masks[first:] = range(masks, masks + count)
                 masks += count
-            if len(found.masks) < len(found.at):
-                found.masks.extend([-1] * count)
             if row.sampling.logprobs is not None:
                 found.scored.extend(range(first, first + count))
         return found

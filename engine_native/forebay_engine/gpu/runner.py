@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from functools import reduce
 from itertools import accumulate
 from operator import or_
@@ -154,12 +155,24 @@ class DeviceRunner:
         if self._replays:
             took = time.perf_counter() - begin
             log.info("steps of %d numbers of rows recorded in %.1f s", len(self._replays), took)
+        if self.generates:
+            self._rehearse()
         if self._speculates:
             self.step_costs = measured(self.execute, self.cache_groups, self.block_size)
             log.info("%s", self.step_costs)
         if self._draft is not None:
             self.draft_costs = self._draft.measured()
             log.info("the draft model's %s", self.draft_costs)
+
+    def _rehearse(self) -> None:
+        """Run steps of each kind, so that no request waits for a kernel to be compiled."""
+        greedy = SamplingParams(temperature=0.0)
+        asking = SamplingParams(top_k=2, presence_penalty=0.5, logprobs=1)
+        pages = ((0, 0),) * len(self.cache_groups)
+        for sampling in (greedy, asking):
+            for rows, count in ((1, 1), (16, 1), (self._most_recorded, 1), (1, 2)):
+                row = Row(0, (0,) * count, 0, count, pages, True, sampling, count)
+                self.execute(StepPlan(tuple(replace(row, seq_id=-1 - id) for id in range(rows))))
 
     def _launch(self, rows: tuple[Row, ...]) -> LaunchedStep:
         for row in rows:
@@ -228,14 +241,12 @@ class DeviceRunner:
 
     def _replayed(self, rows: Items[Row]) -> int | None:
         """For how many rows the replay is that can run these; None: none can."""
-        plain = all(
-            row.count == 1
-            and row.pooling is None
-            and row.lookahead is None
-            and (row.sampling.prompt_logprobs is None or row.start >= row.num_prompt - 1)
-            for row in rows
-        )
-        return bucket(self._replays, len(rows)) if plain else None
+        for row in rows:
+            if row.count != 1 or row.pooling is not None or row.lookahead is not None:
+                return None
+            if row.start < row.num_prompt - 1 and row.sampling.prompt_logprobs is not None:
+                return None
+        return bucket(self._replays, len(rows))
 
     def _by_host(self, logits: Tensor, samples: Samples, allowed: Allowed) -> ByHost:
         numbers = [
