@@ -24,6 +24,7 @@ from forebay_engine.sequence import SamplingParams
 from forebay_engine.step import Row, StepPlan
 from forebay_engine.tokenizer import Tokenizer
 from forebay_engine.wire import Done, Event, Failed, Generate, Output
+from forebay_kernels import dispatch
 from forebay_kernels.sampling import Drawn
 from replaying import Calls, CheckingRecorder
 
@@ -182,7 +183,7 @@ def test_a_token_that_nobody_knows_yet_comes_from_the_table(
     """Three sequences one step ahead, of which the second leaves and another takes its place."""
     plain, runner, recorder = llama
     prompts = {1: [2, 8, 9, 4], 2: [2, 5], 3: [2, 7, 7], 4: [9, 9]}
-    expected = {id: alone(plain, prompt, id) for id, prompt in prompts.items()}
+    expected = {id: alone(plain, prompt) for id, prompt in prompts.items()}
     before = sum(recorder.replays)
     known = {id: list(tokens) for id, tokens in prompts.items()}
     pages = {id: list(range(6 * id, 6 * id + 6)) for id in prompts}
@@ -212,10 +213,13 @@ def test_a_token_that_nobody_knows_yet_comes_from_the_table(
         runner.launch(StepPlan((gone,)))
 
 
-def alone(runner: Runner, prompt: list[int], id: int) -> list[int]:
+def alone(
+    runner: Runner, prompt: list[int], sampling: SamplingParams = GREEDY, id: int = 1
+) -> list[int]:
     tokens = list(prompt)
     for _ in range(8):
-        row = decode(id, list(tokens), 0, list(range(50, 56)), count=len(tokens))
+        row = decode(id, list(tokens), 0, list(range(12, 18)), count=len(tokens))
+        row = replace(row, sampling=sampling, num_prompt=len(prompt))
         tokens.append(runner.execute(StepPlan((row,))).sampled[0].token_id)
     return tokens
 
@@ -226,7 +230,7 @@ def test_pages_of_another_time_are_not_read(
     """A sequence that was left out of a step comes back with other pages; so does a failed one."""
     plain, runner, _ = llama
     prompt = [2, 8, 9, 4, 6, 5, 7]
-    expected = alone(plain, prompt, 1)
+    expected = alone(plain, prompt)
     other = decode(2, [3, 3], 0, [11], count=2)
     runner.execute(StepPlan((decode(1, prompt, 0, [20, 21], count=7),)))
     runner.execute(StepPlan((other,)))
@@ -279,7 +283,7 @@ def test_nothing_in_a_steady_step_waits_for_the_device(
 
     with monkeypatch.context() as patch, Calls():
         # Triton's kernel is not here, and its specification looks at what it is given.
-        patch.setattr(forebay_kernels, "sample", lambda x, rows, plain: Drawn(tokens=x.max(-1)[1]))
+        patch.setattr(forebay_kernels, "sample", lambda x, *_: Drawn(tokens=x.max(-1)[1]))
         for name in ("item", "tolist", "cpu", "nonzero", "__bool__", "__int__", "__float__"):
             patch.setattr(torch.Tensor, name, fetch)
         for _ in range(4):
@@ -309,4 +313,48 @@ def test_nothing_in_a_steady_step_waits_for_the_gpu(tiny_checkpoint: Checkpoint)
         torch.cuda.set_sync_debug_mode("default")
     drawn = [one.result().sampled[0].token_id for one in launched]
     plain = Runner(replace(config, device="cpu"))
-    assert drawn == alone(plain, tokens, 1)[3:10]
+    assert drawn == alone(plain, tokens)[3:10]
+
+
+class Again:
+    """Replays by running the step again."""
+
+    def record(self, step: Callable[[], None]) -> Callable[[], None]:
+        step()
+        return step
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs Triton's interpreter")
+def test_steps_of_triton_kernels_draw_the_tokens_of_the_plain_runner(
+    tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that a GPU computes but the matrix products, in steps launched one ahead."""
+    config = settings(tiny_checkpoint("qwen3"), block_size=4, num_blocks=20, max_sequences=2)
+    plain = Runner(config)
+    asking = SamplingParams(temperature=0.8, presence_penalty=0.7, seed=4)
+    prompts = {1: ([2, 8, 9, 4, 6], GREEDY), 2: ([2, 5], asking)}
+    expected = {id: alone(plain, *prompt, id) for id, prompt in prompts.items()}
+    runner = DeviceRunner(config, device=CPU, recorder=Again(), memory=None)
+    monkeypatch.setattr(dispatch, "has_triton", lambda x: True)
+    monkeypatch.setattr(DeviceRunner, "_rehearse", lambda self: None)
+    runner.warm_up()
+    known = {id: list(tokens) for id, (tokens, _) in prompts.items()}
+    launched = []
+    for step in range(2):
+        rows = []
+        for id, (prompt, sampling) in prompts.items():
+            count = 1 if step else len(prompt)
+            start = len(prompt) + step - 1 if step else 0
+            row = decode(id, known[id], start, [4 * id, 4 * id + 1, 4 * id + 2], count=count)
+            rows.append(
+                replace(row, sampling=sampling, unknown=int(step > 0), num_prompt=len(prompt))
+            )
+        launched.append(runner.launch(StepPlan(tuple(rows))))
+        if step:
+            for item in launched[step - 1].result().sampled:
+                known[item.seq_id].append(item.token_id)
+    for item in launched[-1].result().sampled:
+        known[item.seq_id].append(item.token_id)
+    for id, tokens in known.items():
+        assert tokens == expected[id][: len(tokens)]
+        assert len(tokens) == len(prompts[id][0]) + 2
