@@ -14,6 +14,7 @@ from torch import Tensor
 import forebay_kernels as kernels
 from forebay_kernels import dispatch, eager
 from forebay_kernels.gpu import decode_attention as module
+from forebay_kernels.gpu import decode_parts
 from forebay_kernels.gpu.decode_attention import decode_attention
 
 #: (tokens held, tokens run): lengths 0 and 1, page edges at 16, and rows long enough to be split.
@@ -36,8 +37,8 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> Any:
         chosen = {"tile": 16, "warps": 4, "stages": 2, "programs": programs}
         monkeypatch.setattr(module, "choose", lambda *args, **shape: chosen)
         monkeypatch.setattr(module, "_ROWS", rows_at_once)
-        monkeypatch.setattr(module, "_MOST_PARTS", 4)
-        monkeypatch.setattr(module, "_JOINED", 128)  # of parts of 64 values two at once
+        monkeypatch.setattr(module, "MOST_PARTS", 4)
+        monkeypatch.setattr(decode_parts, "_JOINED", 128)  # two parts of 64 values
 
     use(8)
     return use

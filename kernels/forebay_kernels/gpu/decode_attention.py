@@ -25,17 +25,13 @@ import triton.language as tl
 from torch import Tensor
 
 from forebay_kernels.batch import PagedBatch
-from forebay_kernels.gpu.decode_parts import find, low_of, tiles_of
+from forebay_kernels.gpu.decode_parts import MOST_PARTS, find, join, low_of, tiles_of
 from forebay_kernels.gpu.tuning import choose
 
 #: Rows that a matrix instruction takes at least; smaller groups are padded.
 _LEAST_ROWS = 16
-#: Parts of one row at most: their weights are one vector in the second kernel.
-_MOST_PARTS = 128
 #: Lengths that a program reads at once.
 _ROWS = 256
-#: Values that a program of the second kernel loads at once: 64 registers of each thread.
-_JOINED = 8192
 
 
 @triton.jit
@@ -248,57 +244,6 @@ def _split_kernel(
         _write(o, parts, to_out + lane[None, :], to_partial + lane[None, :], mask)
 
 
-@triton.jit
-def _join_kernel(
-    partial: tl.tensor,  # [programs, heads, dim] float32
-    highest: tl.tensor,  # [programs, heads] float32
-    total: tl.tensor,  # [programs, heads] float32
-    spans: tl.tensor,  # [rows, 2] int32
-    out: tl.tensor,  # [rows, heads, dim]
-    out_row: tl.tensor,
-    out_head: tl.tensor,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PADDED: tl.constexpr,
-    MOST_PARTS: tl.constexpr,
-    AT_ONCE: tl.constexpr,  # parts whose values are loaded together
-) -> None:
-    row = tl.program_id(0)
-    head = tl.program_id(1)
-    parts = tl.load(spans + 2 * row + 1)
-    if parts == 1:
-        return
-    first = tl.load(spans + 2 * row) * HEADS + head
-
-    part = tl.arange(0, MOST_PARTS)
-    m = tl.load(highest + first + part * HEADS, mask=part < parts, other=float("-inf"))
-    l = tl.load(  # noqa: E741 - the name in the formula
-        total + first + part * HEADS, mask=part < parts, other=0.0
-    )
-    top = tl.max(m, 0)  # finite: each part holds a slot
-    whole = tl.sum(tl.exp2(m - top) * l, 0)
-
-    lane = tl.arange(0, DIM_PADDED)
-    joined = tl.zeros([DIM_PADDED], tl.float32)
-    for start in range(0, parts, AT_ONCE):
-        some = start + tl.arange(0, AT_ONCE)
-        there = some < parts
-        weight = tl.exp2(
-            tl.load(highest + first + some * HEADS, mask=there, other=float("-inf")) - top
-        )
-        o = tl.load(  # [AT_ONCE, DIM_PADDED]
-            partial + (first + some * HEADS)[:, None] * DIM + lane[None, :],
-            mask=there[:, None] & (lane < DIM)[None, :],
-            other=0.0,
-        )
-        joined += tl.sum(weight[:, None] * o, 0)
-    tl.store(
-        out + row * out_row + head * out_head + lane,
-        (joined / whole).to(out.dtype.element_ty),
-        mask=lane < DIM,
-    )
-
-
 def decode_attention(
     query: Tensor,  # [tokens, heads, head_dim]: the first ``num_decodes`` are computed
     keys: Tensor,  # [kv_heads, pages, block_size, head_dim]
@@ -377,7 +322,7 @@ def decode_attention(
         GROUP_PADDED=max(_LEAST_ROWS, triton.next_power_of_2(group)),
         DIM_PADDED=dim_padded,
         TILE=chosen["tile"],
-        MOST_PARTS=_MOST_PARTS,
+        MOST_PARTS=MOST_PARTS,
         ROWS=_ROWS,
         # Full float32: the default rounds its factors to 10 bits of mantissa.
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
@@ -385,16 +330,4 @@ def decode_attention(
         num_warps=chosen["warps"],
         num_stages=chosen["stages"],
     )
-    _join_kernel[(rows, heads)](
-        partial,
-        highest,
-        total,
-        spans,
-        out,
-        *out.stride()[:2],
-        HEADS=heads,
-        DIM=dim,
-        DIM_PADDED=dim_padded,
-        MOST_PARTS=_MOST_PARTS,
-        AT_ONCE=max(1, min(_MOST_PARTS, _JOINED // dim_padded)),
-    )
+    join(partial, highest, total, spans, out)

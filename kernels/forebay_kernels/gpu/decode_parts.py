@@ -1,15 +1,22 @@
-"""How the programs of decode attention share rows of any lengths, worked out by each of them.
+"""How the programs of decode attention share rows of any lengths, and join what they found.
 
 The launch depends on the number of rows alone, so that a captured graph serves all lengths. Every
 program reads all lengths, takes as ``share`` the tiles that each of ``parts_aim`` programs of a KV
 head would get, splits the rows that have more (evenly, into parts of at most ``share``), and finds
-which part is its own. That makes at most ``parts_aim`` parts, and one for each row.
+which part is its own. That makes at most ``parts_aim`` parts, and one for each row. A second kernel
+joins the parts of rows that were split.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+#: Parts of one row at most, so that joining them stays cheap.
+MOST_PARTS = 128
+#: Values that a program loads at once to join rows of many parts: 64 registers of each thread.
+_JOINED = 8192
 
 
 @triton.jit
@@ -66,3 +73,83 @@ def find(
         own += tl.sum(tl.where(here, parts, 0), 0)
         end += tl.sum(parts, 0)
     return row, start, own
+
+
+@triton.jit
+def _join_kernel(
+    partial: tl.tensor,  # [programs, heads, dim] float32
+    highest: tl.tensor,  # [programs, heads] float32
+    total: tl.tensor,  # [programs, heads] float32
+    spans: tl.tensor,  # [rows, 2] int32
+    out: tl.tensor,  # [rows, heads, dim]
+    out_row: tl.tensor,
+    out_head: tl.tensor,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    AT_ONCE: tl.constexpr,  # parts that are loaded together
+) -> None:
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    parts = tl.load(spans + 2 * row + 1)
+    if parts == 1:
+        return
+    first = tl.load(spans + 2 * row)
+
+    lane = tl.arange(0, DIM_PADDED)
+    in_dim = lane < DIM
+    top = float("-inf")
+    whole = 0.0
+    joined = tl.zeros([DIM_PADDED], tl.float32)
+    for start in range(0, parts, AT_ONCE):
+        part = start + tl.arange(0, AT_ONCE)
+        there = part < parts
+        place = (first + part) * HEADS + head
+        # All loads before any sum: a program waits for memory once a turn.
+        m = tl.load(highest + place, mask=there, other=float("-inf"))
+        l = tl.load(total + place, mask=there, other=0.0)  # noqa: E741 - the name in the formula
+        o = tl.load(  # [AT_ONCE, DIM_PADDED]
+            partial + place[:, None] * DIM + lane[None, :],
+            mask=there[:, None] & in_dim[None, :],
+            other=0.0,
+        )
+        top_next = tl.maximum(top, tl.max(m, 0))  # finite: each part holds a slot
+        weight = tl.exp2(m - top_next)
+        shrink = tl.exp2(top - top_next)
+        whole = whole * shrink + tl.sum(weight * l, 0)
+        joined = joined * shrink + tl.sum(weight[:, None] * o, 0)
+        top = top_next
+    tl.store(
+        out + row * out_row + head * out_head + lane,
+        (joined / whole).to(out.dtype.element_ty),
+        mask=in_dim,
+    )
+
+
+def join(
+    partial: Tensor,  # [programs, heads, head_dim] float32
+    highest: Tensor,  # [programs, heads] float32
+    total: Tensor,  # [programs, heads] float32
+    spans: Tensor,  # [rows, 2] int32
+    out: Tensor,  # [rows or more, heads, head_dim]
+) -> None:
+    """Write what the parts of each row come to; rows of one part were written with it."""
+    programs, heads, dim = partial.shape
+    dim_padded = max(16, triton.next_power_of_2(dim))
+    # Few rows have many parts each. Of many rows most have one: small programs return soonest, as
+    # 32 of them fit a multiprocessor, and 4 of the large ones.
+    few = 3 * len(spans) < programs
+    values = _JOINED if few else _JOINED // 8
+    _join_kernel[(len(spans), heads)](
+        partial,
+        highest,
+        total,
+        spans,
+        out,
+        *out.stride()[:2],
+        HEADS=heads,
+        DIM=dim,
+        DIM_PADDED=dim_padded,
+        AT_ONCE=max(1, min(MOST_PARTS, values // dim_padded)),
+        num_warps=4 if few else 1,
+    )
