@@ -33,6 +33,17 @@ _LEAST_COLUMNS = 32
 _SCALED_MM_MULTIPLE = 16
 
 
+@triton.jit
+def widened(weight: tl.tensor, like: tl.tensor) -> tl.tensor:
+    """e4m3 in the type of ``like``, exactly.
+
+    By way of float32: straight to bfloat16 the compiler makes of it a conversion (F2F) of which a
+    multiprocessor does 16 a cycle, but at 4.3 TB/s there come 18.6 weights a cycle. This way is two
+    and a half instructions a weight, on units that do 64 and 128.
+    """
+    return weight.to(tl.float16).to(tl.float32).to(like.dtype)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _product_kernel(
     x: tl.tensor,  # [tokens, in] e4m3, or of the type of out
@@ -77,7 +88,7 @@ def _product_kernel(
         a = tl.load(x_tile + start, mask=wanted_x, other=0.0)  # [TILE_TOKENS, TILE_IN]
         b = tl.load(weight_tile + start, mask=wanted_weight, other=0.0)  # [TILE_OUT, TILE_IN]
         if not ROUNDED:
-            b = b.to(a.dtype)
+            b = widened(b, a)
         if GROUPS == 1:
             total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
         else:

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from forebay_kernels.gpu.fp8 import takes
+from forebay_kernels.gpu.fp8 import takes, widened
 from forebay_kernels.gpu.tuning import choose
 from forebay_kernels.matrix import Dense, Fp8, Matrix
 
@@ -169,12 +169,14 @@ def _product_kernel(
             wanted = wanted & (start + column < INTO)[None, :]
         a = tl.load(x_tile + start, mask=wanted_x, other=0.0)  # [TILE_ROWS, TILE_IN]
         b = tl.load(weight_tile + start, mask=wanted, other=0.0)  # [TILE_OUT, TILE_IN]
+        if GROUPS > 0:
+            b = widened(b, a)
         if GROUPS > 1:
             factor = tl.load(scale_tile + start // GROUP * ROWS, mask=is_source, other=0.0)
-            part = tl.dot(a, tl.trans(b.to(a.dtype)), input_precision=PRECISION)
+            part = tl.dot(a, tl.trans(b), input_precision=PRECISION)
             total += factor[None, :] * part
         else:
-            total = tl.dot(a, tl.trans(b.to(a.dtype)), total, input_precision=PRECISION)
+            total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
     if GROUPS == 1:
         total *= tl.load(scale_tile, mask=is_source, other=0.0)[None, :]
     channel = base + tl.arange(0, WIDE)
