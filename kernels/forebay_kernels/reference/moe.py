@@ -32,8 +32,8 @@ def experts(
 ) -> Tensor:
     """Of each token ``sum_k weight[k] * down[e] silu_mul(gate_up[e] x)``, ``e = chosen[k]``."""
     found = torch.zeros_like(wide(x))
-    for token, row in enumerate(chosen.tolist()):
-        for k, expert in enumerate(row):
-            inner = silu_mul(wide(gate_up[expert]) @ wide(x[token]))
-            found[token] += wide(weight)[token, k] * (wide(down[expert]) @ inner)
+    for expert, (first, second) in enumerate(zip(gate_up, down, strict=True)):
+        token, k = (chosen == expert).nonzero(as_tuple=True)
+        inner = silu_mul(wide(x[token]) @ wide(first).T)
+        found.index_add_(0, token, (inner @ wide(second).T) * wide(weight)[token, k, None])
     return found.to(x.dtype)
