@@ -98,6 +98,19 @@ def set_up_threads(threads: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
+def stand_back() -> None:
+    """Let the gateway go first.
+
+    Where Linux shares time among sessions before it looks at processes (``sched_autogroup``), this
+    process's niceness counts within its own session only, and that of the session has to be set.
+    """
+    os.nice(NICENESS)
+    group = Path("/proc/self/autogroup")
+    if os.getsid(0) == os.getpid() and group.exists():
+        with suppress(OSError):  # not allowed, or asked too often: it costs some latency
+            group.write_text(str(NICENESS))
+
+
 async def serve(
     config: EngineConfig,
     socket: Path,
@@ -243,7 +256,7 @@ def main(make_runner: MakeRunner = load_runner) -> None:
         )
         config = EngineConfig(**values)
         set_up_threads(config.threads)
-        os.nice(NICENESS)
+        stand_back()
         asyncio.run(serve(config, socket, make_runner, watch_stdin))
 
     command()

@@ -304,11 +304,12 @@ def gone_within(pid: int, seconds: float) -> bool:
     return not alive(pid)
 
 
-def start(socket: Path, *options: str) -> subprocess.Popen[bytes]:
+def start(socket: Path, *options: str, session: bool = False) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
         [*COMMAND, "--socket", str(socket), "--model", str(MODEL), *options],
         stdin=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        start_new_session=session,
     )
     deadline = time.monotonic() + 20
     while not socket.exists():
@@ -354,10 +355,13 @@ def test_the_process_dies_with_its_parent(tmp_path: Path) -> None:
 
 
 def test_the_process_stands_back_behind_the_gateway(tmp_path: Path) -> None:
-    process = start(tmp_path / "s", "--watch-stdin")
+    process = start(tmp_path / "s", "--watch-stdin", session=True)
     with process:
         stat = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
         assert int(stat[16]) >= 5
+        group = Path(f"/proc/{process.pid}/autogroup")
+        if group.exists():  # as the kernel is configured
+            assert group.read_text().split()[-2:] == ["nice", "5"]
         # Leaving the block closes its standard input, which ends it.
         assert process.stdin is not None
         process.stdin.close()
