@@ -15,6 +15,7 @@ import forebay_kernels as kernels
 from forebay_kernels import dispatch, eager, reference
 from forebay_kernels.cpu import operators as compiled
 from forebay_kernels.gpu import activations, embedding, norms, qkv
+from forebay_kernels.gpu.tuning import choose
 
 #: Relative error of the result: one rounding to the type, and float32's sums. Triton's interpreter
 #: cuts off what does not fit bfloat16, where a GPU rounds.
@@ -373,113 +374,67 @@ def test_the_benchmark_is_right_where_it_is_small(
     assert len(names) == 2 * 7
 
 
-def padded(width: int) -> int:
-    return 1 << (width - 1).bit_length()
+#: Width of a norm, and whether what is added is normed too.
+NORMS = [(1024, False), (4096, False), (5376, True), (16384, True)]
+#: Heads, KV heads, their size and the rotated half; normed; into FP8. Of Qwen 3, Llama 3, Gemma 3
+#: and Phi-4.
+HEADS = [
+    (16, 8, 128, 64, True, False),
+    (32, 8, 128, 64, False, True),
+    (4, 1, 256, 128, True, False),
+    (24, 8, 128, 48, False, False),
+]
 
 
-def norm_job(width: int, warps: int, *, inner: bool) -> dict[str, Any]:
-    constants = {"WIDTH": width, "BLOCK": padded(width), "INNER": inner}
-    return {
-        "kernel": "forebay_kernels.gpu.norms:_add_norm_kernel",
-        "types": {
-            **dict.fromkeys(("x", "added", "out"), "*bf16"),
-            **dict.fromkeys(("inner", "outer"), "*fp32"),
-            "eps": "fp32",
-        },
-        "constants": constants if inner else {**constants, "inner": None},
-        "warps": warps,
-    }
+def launch_norms() -> None:
+    for width, inner in NORMS:
+        x, weight = torch.empty(2, width, dtype=torch.bfloat16), torch.empty(width)
+        norms.add_rms_norm(x, x, weight if inner else None, weight, 1e-6)
 
 
-def prepare_job(
-    heads: int, kv_heads: int, dim: int, half: int, *, norm: bool, scaled: bool = False
-) -> dict[str, Any]:
-    tile = 1024 // dim
-    query_tiles, key_tiles = -(-heads // tile), -(-kv_heads // tile)
-    constants: dict[str, Any] = {
-        "HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "HALF": half, "BLOCK_SIZE": 16,
-        "NORM": norm, "ROTATE": True, "SCALED": scaled, "TILE": tile, "QUERY_TILES": query_tiles,
-        "KEY_TILES": key_tiles, "DIM_PADDED": dim, "HALF_PADDED": padded(half),
-        "REST_PADDED": padded(max(1, dim - 2 * half)), "LARGEST": 448.0,
-    }  # fmt: skip
-    if not norm:
-        constants["norm"] = None
-    if not scaled:
-        constants |= {"key_scale": None, "value_scale": None}
-    strides = [f"{x}_{y}" for x in ("keys", "values") for y in ("head", "page", "slot")]
-    return {
-        "kernel": "forebay_kernels.gpu.qkv:_prepare_kernel",
-        "types": {
-            "qkv": "*bf16",
-            **dict.fromkeys(("keys", "values"), "*fp8e4nv" if scaled else "*bf16"),
-            **dict.fromkeys(("norm", "cos", "sin", "key_scale", "value_scale"), "*fp32"),
-            "slots": "*i64",
-            "eps": "fp32",
-        },
-        "constants": constants,
-        "warps": 1,
-        "aligned": [*strides, "qkv_token", "cos_token"],
-    }
+def launch_heads() -> None:
+    for heads, kv_heads, dim, half, normed, fp8 in HEADS:
+        x = torch.empty(3, heads + 2 * kv_heads, dim, dtype=torch.bfloat16)
+        cache = torch.empty(kv_heads, 4, 16, dim, dtype=FP8 if fp8 else torch.bfloat16)
+        norm = torch.empty(heads + kv_heads, dim) if normed else None
+        scales = (torch.ones(kv_heads),) * 2 if fp8 else (None, None)
+        angles = (torch.empty(3, half),) * 2
+        slots = torch.zeros(3, dtype=torch.int64)
+        qkv.prepare_qkv(x, kv_heads, norm, 1e-6, angles, cache, cache, slots, *scales)
+
+
+def launch_others() -> None:
+    x, at = torch.empty(80, 4096, dtype=torch.bfloat16), torch.zeros(80, dtype=torch.int64)
+    norms.select_rms_norm(x, at, torch.empty(4096), 1e-6)
+    activations.gelu_tanh_mul(x)
+    embedding.embedding(at, x, 25.25)
+    cache = torch.empty(8, 4, 16, 128, dtype=torch.bfloat16)
+    heads = x.view(80, 32, 128)
+    qkv.kv_store(heads[:, :8], heads[:, 8:16], cache, cache, at, None, None)
+    embedding.rotary_angles(at, torch.empty(64), 1.0)
 
 
 def test_they_compile_for_hopper(compile_for_hopper: Any) -> None:
     """Without spills, by vectors of 128 bits, each value loaded once; heads without a barrier."""
-    norm = [(1024, 1, False), (5376, 8, True), (16384, 16, True)]
-    heads = [
-        prepare_job(16, 8, 128, 64, norm=True),
-        prepare_job(32, 8, 128, 64, norm=False, scaled=True),
-        prepare_job(4, 1, 256, 128, norm=True),
-        prepare_job(24, 8, 128, 48, norm=False),
-    ]
-    others = [
-        {
-            "kernel": "forebay_kernels.gpu.norms:_norm_kernel",
-            "types": {
-                **dict.fromkeys(("x", "out"), "*bf16"), "at": "*i64", "weight": "*fp32",
-                "eps": "fp32",
-            },
-            "constants": {"WIDTH": 4096, "BLOCK": 4096, "SELECT": True},
-            "aligned": ["x_row"],
-        },
-        {
-            "kernel": "forebay_kernels.gpu.activations:_gate_kernel",
-            "types": dict.fromkeys(("x", "out"), "*bf16"),
-            "constants": {"WIDTH": 14336, "BLOCK": 2048, "GELU": True, "SLOPE": 1.5957691},
-        },
-        {
-            "kernel": "forebay_kernels.gpu.embedding:_embedding_kernel",
-            "types": {
-                **dict.fromkeys(("weight", "out"), "*bf16"), "token_ids": "*i64", "scale": "fp32",
-            },
-            "constants": {"WIDTH": 2560, "BLOCK": 1024, "SCALED": True},
-        },
-        {
-            "kernel": "forebay_kernels.gpu.embedding:_angles_kernel",
-            "types": {
-                **dict.fromkeys(("frequency", "cos", "sin"), "*fp32"), "positions": "*i64",
-                "factor": "fp32",
-            },
-            "constants": {"HALF": 64, "BLOCK": 128},
-        },
-    ]  # fmt: skip
-    jobs = [norm_job(w, warps, inner=inner) for w, warps, inner in norm] + heads + others
-    found = compile_for_hopper(*jobs)
-    assert [one.spilled_bytes for one in found] == [0] * len(jobs)
-    for (width, warps, inner), one in zip(norm, found, strict=False):
-        each = padded(width) // (32 * warps)  # values a thread
+    names = ("launch_norms", "launch_heads", "launch_others")
+    found = compile_for_hopper(
+        *({"launch": f"{__file__}:{name}", "arguments": {}} for name in names)
+    )
+    assert [one.spilled_bytes for one in found] == [0] * (len(NORMS) + len(HEADS) + 5)
+    for (width, inner), one in zip(NORMS, found, strict=False):
+        threads = 32 * choose("rms_norm", torch.device("cpu"), width=width)["warps"]
+        each = (1 << (width - 1).bit_length()) // threads  # values a thread
         loads = each * (2 * 2 + 4 * (1 + inner)) // 16  # x, added; weights
         assert one.ptx.count("ld.global.v4.b32") == loads
         assert one.ptx.count("st.global.v4.b32") == 2 * each * 2 // 16
-    for one in found[len(norm) : len(norm) + len(heads)]:
-        assert one.shared_bytes == 0
-        assert "bar.sync" not in one.ptx
+    heads, others = found[len(NORMS) : -5], found[-5:]
+    for one in [*heads, *others[:-1]]:
         assert "ld.global.v4.b32" in one.ptx
         assert "st.global.v4.b32" in one.ptx
         assert not any(f"{way}.global.b16" in one.ptx for way in ("ld", "st"))
-    assert "cvt.rn.satfinite.e4m3x2" in found[len(norm) + 1].ptx
-    select, gate, rows, angles = found[-4:]
-    for one in (select, gate, rows):
-        assert "ld.global.v4.b32" in one.ptx
-        assert "st.global.v4.b32" in one.ptx
+    for one in heads:
+        assert one.shared_bytes == 0
+        assert "bar.sync" not in one.ptx
+    assert "cvt.rn.satfinite.e4m3x2" in heads[1].ptx
     # Not the approximation, which is wrong at the positions of a long context.
-    assert "cos.approx" not in angles.ptx
+    assert "cos.approx" not in others[-1].ptx
