@@ -176,8 +176,13 @@ def context_keys(mark: Watermark, token_ids: Items[int], start: int) -> tuple[in
 def key_of(mark: Watermark, token_ids: Items[int]) -> int:
     """A key of 64 bits that tells nothing of the secret one."""
     data = b"".join(token_id.to_bytes(4, "little") for token_id in token_ids)
-    name = f"{mark.scheme} {mark.seeding}".encode()[:16]
-    return int.from_bytes(blake2b(data, digest_size=8, key=mark.key, person=name).digest(), "big")
+    hashed = blake2b(data, digest_size=8, key=mark.key, person=person_of(mark))
+    return int.from_bytes(hashed.digest(), "big")
+
+
+def person_of(mark: Watermark) -> bytes:
+    """What sets the keys of marks of different kinds apart."""
+    return f"{mark.scheme} {mark.seeding}".encode()[:16]
 
 
 def bits_of(key: int, value: int) -> int:

@@ -99,6 +99,16 @@ def sample(
     return reference.sample(logits, rows, asked, softcap=softcap)
 
 
+def mark_keys(rows: SamplingRows) -> None:
+    """Keys of the rows' watermarks from the tokens before them; see ``reference.mark_keys``."""
+    if has_triton(rows.requests):
+        from forebay_kernels.gpu import watermark
+
+        watermark.mark_keys(rows)
+    else:
+        reference.mark_keys(rows)
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding; see ``reference.rope``."""
     return eager.rope(x, cos, sin)

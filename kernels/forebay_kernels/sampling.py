@@ -77,6 +77,8 @@ class Setting(IntEnum):
     #: Halves of the key that ``Wants.SELF_HASH`` hashes with.
     MARK_KEY_LOW = 13
     MARK_KEY_HIGH = 14
+    #: Integer: tokens of the answer that decide on the next; at most ``MOST_MARK_KEYS``.
+    MARK_CONTEXT = 15
 
 
 #: Columns of a line of settings.
@@ -100,6 +102,9 @@ class SamplingTable:
     counts: Tensor  # [requests, vocab] int32
     #: Tokens of the request that are in ``counts``.
     counted: Tensor  # [requests] int32
+    #: State of the hash that makes a watermark's keys, in halves of its words, see
+    #: ``reference.watermark``. None: the host writes ``SamplingRows.mark_keys``.
+    mark_states: Tensor | None = None  # [requests, 8, 2] int32
 
     @classmethod
     def empty(
@@ -114,6 +119,7 @@ class SamplingTable:
             tokens=torch.zeros((requests, longest), **whole),
             counts=torch.zeros((requests, vocab), **whole),
             counted=torch.zeros(requests, **whole),
+            mark_states=torch.zeros((requests, 8, 2), **whole),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -15,8 +16,8 @@ from forebay_engine.sequence import SamplingParams
 from forebay_engine.step import NO_TOKEN, Row
 from forebay_engine.watermark import Watermark
 from forebay_kernels import reference
-from forebay_kernels.gpu import sampling
-from forebay_kernels.sampling import NO_EDIT, Setting, Wants
+from forebay_kernels.gpu import sampling, watermark
+from forebay_kernels.sampling import MOST_MARK_KEYS, NO_EDIT, Setting, Wants
 
 EOS = frozenset({0, 1})
 KEY = b"k" * 32
@@ -98,6 +99,39 @@ def test_the_kernels_draw_the_same_tokens() -> None:
     logits = some_logits(random, len(places))
     rows = fill(places, EOS, VOCAB, DEVICE)
     assert sampling.sample(logits, rows).tokens.tolist() == by_cpu(logits, places)
+
+
+@pytest.mark.parametrize("by", [reference.mark_keys, watermark.mark_keys])
+def test_a_watermarks_keys_are_made_where_the_tokens_are(by: Any) -> None:
+    """Of short, long and repeated contexts, and where too few are; padding is left alone."""
+
+    def place(tokens: list[int], **mark: Any) -> Place:
+        params = SamplingParams(watermark=Watermark(key=KEY, **mark) if mark else None)
+        return Place(tokens, 2, params)
+
+    long = list(range(100_000, 100_080))
+    places = [
+        place([7, 8, 9, 10, 250_000], context=3, seeding="lefthash"),
+        place([7, 8, 9, 10, 11], context=2, seeding="selfhash"),
+        place([7, 8, 9, 10, 11], context=4),
+        place([7, 8, *long], context=33, seeding="lefthash"),
+        place([7, 8, *long], context=64, scheme="gumbel"),
+        place([7, 8, 5, 6, 9, 5, 6], context=2, scheme="gumbel"),
+        place([7, 8, 5, 5, 5], context=2, scheme="gumbel"),
+        place([5, 6, 9, 5, 6], context=2, scheme="gumbel"),
+        place([7, 8, 9]),
+        place([7, 8, 9, 10], context=1),
+    ]
+    want = fill(places, EOS, VOCAB, DEVICE)
+    rows = replace(want, mark_keys=torch.full_like(want.mark_keys, -7),
+                   mark_counts=torch.full_like(want.mark_counts, -7))  # fmt: skip
+    rows.requests[9] = -1
+    by(rows)
+    assert want.mark_counts.tolist() == [1, 2, 0, 1, 1, 0, 0, 1, 0, 1]
+    assert rows.mark_counts.tolist() == [1, 2, 0, 1, 1, 0, 0, 1, -7, -7]
+    for row, count in enumerate(want.mark_counts.tolist()[:8]):
+        assert torch.equal(rows.mark_keys[row, :count], want.mark_keys[row, :count])
+        assert rows.mark_keys[row, count:].tolist() == [-7] * (MOST_MARK_KEYS - count)
 
 
 def test_where_nothing_may_come_nothing_is_drawn() -> None:

@@ -327,7 +327,7 @@ TYPES = {
     **dict.fromkeys(
         (
             "requests", "positions", "guessed", "mask_lines", "settings", "edits", "tokens",
-            "counts", "counted", "masks", "mark_counts", "found",
+            "counts", "counted", "masks", "mark_counts", "found", "states", "iv", "orders",
         ),
         "*i32",
     ),
@@ -341,6 +341,12 @@ def test_sampling_compiles_for_hopper(compile_for_hopper: Any, device: torch.dev
         _draw_job(device, 262_144, True, True),
         _limit_job(device, 151_936, False),
         _limit_job(device, 262_144, True),
+        {
+            "kernel": "forebay_kernels.gpu.watermark:_mark_kernel",
+            "types": {**TYPES, "keys": "*i64"},
+            "constants": {"LANES": 64},
+            "warps": 2,
+        },
         {
             "kernel": "forebay_kernels.gpu.sampling:_count_kernel",
             "types": TYPES,

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from forebay_engine.sampler import Place
 from forebay_engine.sequence import SamplingParams
-from forebay_engine.watermark import Watermark, context_keys, key_of
+from forebay_engine.watermark import Watermark, context_keys, key_of, person_of
 from forebay_kernels import SamplingRows, SamplingTable
+from forebay_kernels.reference.watermark import keyed_state
 from forebay_kernels.sampling import NO_EDIT, SETTINGS, Setting, Wants
 
 _WORD = (1 << 32) - 1
@@ -55,6 +56,7 @@ def settings(params: SamplingParams, num_prompt: int) -> npt.NDArray[np.int32]:
         reals[Setting.MARK_DELTA] = params.watermark.delta
         words[Setting.MARK_THRESHOLD] = params.watermark.threshold
         words[Setting.MARK_KEY_LOW], words[Setting.MARK_KEY_HIGH] = key & _WORD, key >> 32
+        line[Setting.MARK_CONTEXT] = params.watermark.context
     return line
 
 
@@ -132,6 +134,12 @@ def mask(
     return np.packbits(bits, bitorder="little").view(np.int32)
 
 
+def mark_state(mark: Watermark) -> npt.NDArray[np.int32]:
+    """A request's line of ``SamplingTable.mark_states``: ``[8, 2]``."""
+    words = keyed_state(mark.key, person_of(mark))
+    return np.array(words, np.uint64).view(np.int32).reshape(8, 2)
+
+
 def mark_keys(place: Place) -> npt.NDArray[np.int64]:
     """The keys of a watermark at a place; none: it is not marked there."""
     mark = place.sampling.watermark
@@ -174,6 +182,8 @@ def fill(
             rows.mask_lines[at] = at
         _put(rows.mark_keys[at, : len(keys)], keys)
         rows.mark_counts[at] = len(keys)
+        if params.watermark is not None and table.mark_states is not None:
+            _put(table.mark_states[at], mark_state(params.watermark))
         rows.requests[at], rows.positions[at] = at, lengths[at]
     return rows
 

@@ -32,6 +32,7 @@ from forebay_kernels.reference.layers import (
 from forebay_kernels.reference.moe import experts, route
 from forebay_kernels.reference.sampling import sample
 from forebay_kernels.reference.step_inputs import remember, scatter, step_inputs
+from forebay_kernels.reference.watermark import mark_keys
 
 __all__ = [
     "add_rms_norm",
@@ -40,6 +41,7 @@ __all__ = [
     "experts",
     "gelu_tanh_mul",
     "kv_store",
+    "mark_keys",
     "paged_attention",
     "prepare_qkv",
     "quantize_fp8",
