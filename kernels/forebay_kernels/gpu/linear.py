@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from forebay_kernels.gpu.fp8 import pack_fp8
+from forebay_kernels.gpu.int8 import Int8Linear
 from forebay_kernels.gpu.packed import packed
 from forebay_kernels.gpu.w4a16 import PackedLinear
-from forebay_kernels.matrix import Dense, Fp8, Matrix, Reordered
+from forebay_kernels.matrix import Dense, Fp8, Int8, Matrix, Reordered
 
 Product = Callable[[Tensor], Tensor]
 
@@ -31,4 +32,8 @@ def pack(matrix: Matrix, bias: Tensor | None, dtype: torch.dtype) -> Product | N
         case Fp8():
             return pack_fp8(matrix, bias)
     found = packed(matrix, dtype)
-    return None if found is None else PackedLinear(found, bias, dtype)
+    if found is None:
+        return None
+    if isinstance(matrix, Int8):
+        return Int8Linear(found, bias, dtype)
+    return PackedLinear(found, bias, dtype)

@@ -7,6 +7,10 @@ i``. The ``j``-th values of a tile's words are therefore a matrix ``[128, lanes]
 inputs, which a shift and a mask leave in the registers where a tensor core wants it: no value has
 to move to another thread. Such a matrix lies in one group of inputs, so its products share a scale.
 
+A tile of a panel is one run of memory, through which a block streams. Only where 8 bits have one
+scale for each output do its rows lie as those of a plain matrix, which ``torch._int_mm`` takes: see
+``as_bytes``.
+
 A stack of experts is one matrix of their outputs one after the other, each a multiple of 128:
 expert ``e`` begins at panel ``e * out / 128``.
 """
@@ -63,6 +67,14 @@ class PackedMatrix:
         """Inputs of a tile: several groups, or a part of one."""
         return self.lanes * 16 // self.bits
 
+    def as_bytes(self) -> Tensor:
+        """``[panels * 128, tiles * tile]`` int8, without a copy, of rows that lie so.
+
+        Byte ``2 * i + j`` of a tile belongs to its input ``j * lanes + i``.
+        """
+        rows = self.words.transpose(1, 2)  # [panels, 128, tiles, lanes]
+        return rows.view(-1, rows.shape[2] * rows.shape[3]).view(torch.int8)
+
     @property
     def nbytes(self) -> int:
         """Bytes of weights that a product reads."""
@@ -107,8 +119,11 @@ def _packed(
     panels, tiles = -(-out // PANEL), -(-into // tile)
     rows = 1 if group == 0 else -(-tiles * tile // group) + max(1, tile // group)
     factor = _factor(scale)
+    words = _words(q, bits, panels, tiles, lanes)
+    if bits == 8 and group == 0:
+        words = words.transpose(1, 2).contiguous().transpose(1, 2)
     return PackedMatrix(
-        _words(q, bits, panels, tiles, lanes),
+        words,
         _by_rows(scale / factor, rows, panels).to(torch.float16),
         None if zero is None else _by_rows(zero, rows, panels).to(dtype),
         codes,

@@ -209,17 +209,21 @@ class PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[tokens, in] -> [tokens, out]``."""
-        if x.dtype != self._dtype or x.shape[1] != self.matrix.shape[1]:
-            raise ValueError(
-                f"{x.dtype} {list(x.shape)}, but it takes {self._dtype} "
-                f"[.., {self.matrix.shape[1]}]"
-            )
+        self.check(x)
         if len(x) > MOST_TOKENS:
             return F.linear(x, self.dequantize(), self._bias)
         out = torch.empty((len(x), self.matrix.shape[0]), dtype=x.dtype, device=x.device)
         if len(x):
             self._multiply(x if x.stride(1) == 1 else x.contiguous(), out)
         return out
+
+    def check(self, x: Tensor) -> None:
+        """ValueError if it cannot be multiplied."""
+        if x.dtype != self._dtype or x.shape[1] != self.matrix.shape[1]:
+            raise ValueError(
+                f"{x.dtype} {list(x.shape)}, but it takes {self._dtype} "
+                f"[.., {self.matrix.shape[1]}]"
+            )
 
     def _multiply(self, x: Tensor, out: Tensor) -> None:
         matrix, tokens = self.matrix, len(x)
