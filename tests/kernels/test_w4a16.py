@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,11 +103,13 @@ def test_the_layout_keeps_every_value(
     assert found.nbytes >= found.words.nbytes + found.scale.nbytes
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("out", "into", "group"), SHAPES)
+@pytest.mark.parametrize(
+    ("dtype", "kind", "out", "into", "group"),
+    [(DTYPES[0], kind, *shape) for kind in KINDS for shape in SHAPES]
+    + [(DTYPES[1], kind, *shape) for kind in ("int4", "codebook") for shape in SHAPES[1:4]],
+)
 def test_products(
-    kind: str, out: int, into: int, group: int, dtype: torch.dtype, device: torch.device
+    dtype: torch.dtype, kind: str, out: int, into: int, group: int, device: torch.device
 ) -> None:
     matrix, bias = quantized(kind, out, into, group, dtype), random(out, seed=4).to(dtype)
     wide = matrix.dequantize().double()
@@ -272,23 +277,42 @@ LAYERS = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 
 def test_the_kernels_compile_for_hopper(compile_for_hopper: Any) -> None:
     jobs = {}
-    for bits, kind, layers in ((4, "int4", LAYERS), (8, "int8", LAYERS[2:])):
-        for tokens in (1, 16, 64):
-            for out, into in layers:
-                found = described(bits, kind, out, into)
-                _, chosen = launch(found, tokens)
-                jobs[str((bits, chosen))] = job(found, chosen)
-    compiled = compile_for_hopper(*jobs.values())
-    for name, one in zip(jobs, compiled, strict=True):
+    for kind, tokens, layers in (
+        ("int4", 1, LAYERS),
+        ("int4", 16, LAYERS),
+        ("int4", 64, LAYERS[2:]),
+        ("codebook", 16, LAYERS[2:3]),
+        ("int8", 16, LAYERS[2:]),
+    ):
+        for out, into in layers:
+            found = described(kind, out, into)
+            _, chosen = launch(found, tokens)
+            jobs[str((kind, chosen))] = job(found, chosen)
+    *products, whole = compile_for_hopper(*jobs.values(), dequantize_job())
+    for name, one in zip(jobs, products, strict=True):
         assert one.spilled_bytes == 0, name
         assert one.shared_bytes <= 232448
         block = jobs[name]["constants"]["BLOCK_M"]
         assert ("wgmma.mma_async" if block == 64 else "mma.sync.aligned.m16n8k16") in one.ptx
         # Weights come 16 bytes at a time, and past the registers.
         assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", one.ptx)
-        if block == 16:  # four blocks on a multiprocessor
-            assert one.registers <= 128
-            assert 4 * (one.shared_bytes + 1024) <= 233472
+        if block == 16:  # four blocks on a multiprocessor, three of a codebook
+            blocks = 3 if "codebook" in name else 4
+            assert blocks * 128 * (one.registers + -one.registers % 8) <= 65536, name
+            assert blocks * (one.shared_bytes + 1024) <= 233472
+    assert whole.spilled_bytes == 0
+    assert "st.global.v4" in whole.ptx
+
+
+def test_the_benchmark_is_right_where_it_is_small(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
+    found = list(import_module("w4a16").cases(device, small=True))
+    assert len({case.name for case in found}) == 2 * 6
+    for case in found:
+        got, want = case.run().double(), case.reference().double()
+        assert (got - want).norm() <= case.tolerance * want.norm(), case.name
 
 
 #: Sizes and strides, which are multiples of 16 in such layers.
@@ -296,27 +320,39 @@ MULTIPLES = ["inputs", "outputs", "padded", "x_row", "out_row", "words_panel", "
 MULTIPLES += ["words_row"]
 
 
-def described(bits: int, kind: str, out: int, into: int) -> PackedMatrix:
+def dequantize_job() -> dict[str, Any]:
+    found = described("int4", *LAYERS[0])
+    types = {"words": "*i16", "scale": "*fp16", "zero": "*bf16", "out": "*bf16", "factor": "fp32"}
+    return {
+        "kernel": "forebay_kernels.gpu.w4a16:_dequantize_kernel",
+        "types": types,
+        "constants": layout(found, torch.bfloat16)
+        | {"codes": None, "PTX": unpacking(4, torch.bfloat16)},
+        "aligned": MULTIPLES,
+    }
+
+
+def described(kind: str, out: int, into: int) -> PackedMatrix:
     """A matrix of this shape, without memory for its words."""
     small = packed(quantized(kind, 128, 256, 128, torch.bfloat16), torch.bfloat16)
     assert small is not None
     words = small.words[:1, :1].expand(out // PANEL, into // small.tile, -1, -1)
-    return PackedMatrix(words, small.scale, small.zero, None, 1.0, bits, small.group, (out, into))
+    return replace(small, words=words, shape=(out, into))
 
 
 def job(matrix: PackedMatrix, chosen: dict[str, Any]) -> dict[str, Any]:
     constants = layout(matrix, torch.bfloat16) | {
-        "codes": None,
         "bias": None,
-        "PTX": unpacking(matrix.bits, torch.bfloat16),
+        "PTX": unpacking(matrix.bits, torch.bfloat16, matrix.codes),
         "PRECISION": "tf32",
         **{name: value for name, value in chosen.items() if name.isupper()},
     }
-    if matrix.zero is None:
-        constants["zero"] = None
+    absent = [name for name in ("zero", "codes") if getattr(matrix, name) is None]
+    constants |= dict.fromkeys(absent)
     if chosen["SPLITS"] == 1:
         constants |= {"partial": None, "arrived": None}
     pointers = {"x": "*bf16", "words": "*i16", "scale": "*fp16", "zero": "*bf16", "out": "*bf16"}
+    pointers["codes"] = "*bf16"
     return {
         "kernel": "forebay_kernels.gpu.w4a16:_product_kernel",
         "types": {**pointers, "partial": "*fp32", "arrived": "*i32", "factor": "fp32"},

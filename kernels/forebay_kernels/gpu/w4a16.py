@@ -197,6 +197,7 @@ class PackedLinear:
         self.matrix, self._bias, self._dtype = matrix, bias, dtype
         words = matrix.words
         self._padded = len(words) * PANEL
+        self._launches: dict[int, tuple[tuple[int, int, int], dict[str, Any]]] = {}  # by tokens
         self._constants = layout(matrix, dtype)
         self._arrived = torch.zeros(
             len(words) * (MOST_TOKENS // _LEAST_TILE), dtype=torch.int32, device=words.device
@@ -227,12 +228,15 @@ class PackedLinear:
 
     def _multiply(self, x: Tensor, out: Tensor) -> None:
         matrix, tokens = self.matrix, len(x)
-        (token_tiles, panels, splits), chosen = launch(matrix, tokens)
+        if tokens not in self._launches:
+            self._launches[tokens] = launch(matrix, tokens)
+        grid, chosen = self._launches[tokens]
+        splits = grid[2]
         partial = None
         if splits > 1:
             size = (splits, tokens, self._padded)
             partial = torch.empty(size, dtype=torch.float32, device=x.device)
-        _product_kernel[(token_tiles, panels, splits)](
+        _product_kernel[grid](
             x,
             matrix.words,
             matrix.scale,
