@@ -220,17 +220,16 @@ def paged_attention(
         return compiled.paged_attention(
             query, keys, values, batch, scale=scale, window=window, softcap=softcap
         )
-    first_row = 0
     if has_triton(query):
         from forebay_kernels.gpu.decode_attention import decode_attention
+        from forebay_kernels.gpu.prefill_attention import prefill_attention
 
-        first_row = batch.num_decodes
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         decode_attention(query, keys, values, out, batch, **settings)
-    else:
-        out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
-    if first_row < batch.num_rows:
-        eager.paged_attention(query, keys, values, out, batch, first_row=first_row, **settings)
+        prefill_attention(query, keys, values, out, batch, **settings)
+        return out
+    out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
+    eager.paged_attention(query, keys, values, out, batch, **settings)
     return out
 
 
