@@ -57,7 +57,7 @@ class CacheGroup:
 class Pages:
     """One sequence's place in the cache."""
 
-    __slots__ = ("chain", "end", "published", "root", "tables")
+    __slots__ = ("chain", "due", "end", "published", "root", "tables")
 
     def __init__(self, root: bytes, groups: int) -> None:
         self.root = root
@@ -67,6 +67,8 @@ class Pages:
         self.published = 0
         #: Positions that the tables reach.
         self.end = 0
+        #: Computed tokens from which on there is something for :meth:`KVCache.advance` to do.
+        self.due = 0
         #: Of each group: physical pages in order of position, ``RELEASED`` where given back.
         self.tables: tuple[list[int], ...] = tuple([] for _ in range(groups))
 
@@ -86,6 +88,8 @@ class KVCache:
         self.groups = tuple(groups)
         self.block_size = block_size
         self.pools = [BlockPool(group.num_blocks, keep=prefix_cache) for group in groups]
+        #: Groups with a window.
+        self._sliding = [i for i, group in enumerate(self.groups) if group.window is not None]
         self._prefix_cache = prefix_cache
         self._hash = PrefixHash()
         self._families = count()
@@ -214,10 +218,10 @@ class KVCache:
             for table, pool in zip(pages.tables, self.pools, strict=True):
                 pool.publish(table[page], content)
             pages.published = page + 1
-        for group, table, pool in zip(self.groups, pages.tables, self.pools, strict=True):
-            if group.window is None:
-                continue
-            unseen = group.first_page(computed, size) - 1
+        pages.due = 0 if self._sliding else (pages.published + 1) * size
+        for number in self._sliding:
+            table, pool = pages.tables[number], self.pools[number]
+            unseen = self.groups[number].first_page(computed, size) - 1
             for page in range(unseen - 1, -1, -1):
                 if table[page] == RELEASED:
                     break
@@ -234,7 +238,7 @@ class KVCache:
                 block = table.pop()
                 if block != RELEASED:
                     pool.release(block)
-        pages.published = pages.end = 0
+        pages.published = pages.end = pages.due = 0
 
     def unfilled(self, pages: Pages, computed: int) -> int:
         """Slots of a sequence's pages that hold no token yet, in all groups."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 
-#: What decoders write for bytes that are not (yet) a character.
-_BROKEN = "\N{REPLACEMENT CHARACTER}"
+from forebay_engine.tokenizer import BROKEN, Pieces
+
 #: Tokens of prompt that decide how the first token of the answer is spaced.
 _CONTEXT = 5
 #: UTF-8 characters have at most 4 bytes, so at most 4 tokens.
@@ -19,22 +19,40 @@ class Detokenizer:
     A token's text may depend on the one before it (spaces, bytes of one character), so a window of
     the last tokens is decoded and what was shown of it is cut off. A character whose last bytes
     never come is not shown.
+
+    :param pieces: the text of each token, where texts are put together of them. Then most tokens
+        are not decoded at all, which saves 5 of 6 µs each.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], prompt_ids: Items[int]) -> None:
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        prompt_ids: Items[int],
+        pieces: Pieces | None = None,
+    ) -> None:
         self._decode = decode
+        self._pieces = pieces
         self._window = self._context(prompt_ids)
         #: Tokens at the window's start whose text is complete and shown.
         self._settled = len(self._window)
-        self._shown = len(decode(self._window).rstrip(_BROKEN))
+        self._shown = len(decode(self._window).rstrip(BROKEN))
+        #: The window is one token that is a piece by itself.
+        self._plain = self._is_plain()
 
     def push(self, token_id: int) -> str:
         """The text that can be shown now, often that of the token, sometimes none."""
+        if self._plain and self._pieces is not None:
+            piece = self._pieces[token_id]
+            if piece is not None:
+                self._window[0] = token_id
+                self._shown = len(piece)
+                return piece
         self._window.append(token_id)
         text = self._decode(self._window)
-        complete = text.rstrip(_BROKEN)
+        complete = text.rstrip(BROKEN)
         pending = len(self._window) - self._settled
         if complete != text and pending < _LONGEST_CHARACTER:
+            self._plain = False
             fresh = complete[self._shown :]
             self._shown = max(self._shown, len(complete))
             return fresh
@@ -42,14 +60,19 @@ class Detokenizer:
         del self._window[: self._settled]
         self._settled = len(self._window)
         self._shown = len(self._decode(self._window))
+        self._plain = self._is_plain()
         return fresh
+
+    def _is_plain(self) -> bool:
+        pieces, window = self._pieces, self._window
+        return pieces is not None and len(window) == 1 and pieces[window[0]] is not None
 
     def _context(self, prompt_ids: Items[int]) -> list[int]:
         """The prompt's last tokens, begun at a character's first byte."""
         window: list[int] = []
         for size in range(_CONTEXT, _CONTEXT + _LONGEST_CHARACTER):
             window = list(prompt_ids[-size:])
-            if not self._decode(window).startswith(_BROKEN):
+            if not self._decode(window).startswith(BROKEN):
                 break
         return window
 
@@ -67,6 +90,8 @@ class StopStrings:
 
     def push(self, text: str) -> tuple[str, bool]:
         """The text that is certain to be shown, and whether a stop string was found."""
+        if not self._stops:
+            return text, False
         text = self._held + text
         # The one that is complete first, so that it does not matter how the text was cut up.
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]

@@ -194,9 +194,11 @@ class Engine:
             choice = self._choices.get(token.seq_id)
             if choice is not None and choice.prompt is not None:
                 choice.prompt[token.position] = token
+        now = time.monotonic()
         for sequence, drawn in progress:
             choice = self._choices.get(sequence.id)
             if choice is not None:
+                self.metrics.tokens(choice, len(drawn), now)
                 self._advance_or_fail(choice, drawn)
         self._pooler.take(outcome.result.pooled)
         self._failed_steps = self._failed_steps + 1 if outcome.nothing else 0
@@ -282,15 +284,20 @@ class Engine:
                 next(self._ids), prompt, own, command.priority, request.submitted, deadline
             )
             sequence.guide = grammar.start(own) if grammar is not None else None
-            tokenizer = self._tokenizer
-            decode = tokenizer.decode if own.skip_special_tokens else tokenizer.spell
-            text, stops = Detokenizer(decode, prompt), StopStrings(own.stop, own.include_stop)
+            text = self._detokenizer(own, prompt)
+            stops = StopStrings(own.stop, own.include_stop)
             choice = Choice(request, index, sequence, text, stops)
             choice.prompt = {} if own.prompt_logprobs is not None else None
             request.choices.append(choice)
             self._choices[sequence.id] = choice
         sequences = [choice.sequence for choice in request.choices[first:]]
         self.scheduler.add(*sequences, salt=command.salt.encode())
+
+    def _detokenizer(self, sampling: SamplingParams, prompt: list[int]) -> Detokenizer:
+        tokenizer = self._tokenizer
+        if sampling.skip_special_tokens:
+            return Detokenizer(tokenizer.decode, prompt, tokenizer.pieces)
+        return Detokenizer(tokenizer.spell, prompt, tokenizer.spelled_pieces)
 
     def _note_admissions(self, plan: StepPlan) -> None:
         now = time.monotonic()
@@ -304,17 +311,17 @@ class Engine:
     def _advance(self, choice: Choice, drawn: list[Sampled]) -> None:
         """Take a choice's next tokens, and send what text is certain by now."""
         sequence = choice.sequence
-        self.metrics.tokens(choice, len(drawn))
         if drawn[-1].token_id == NO_TOKEN:
             failure = sequence.guide.failure if sequence.guide is not None else None
             self._fail(choice.request, "refused", failure or _NOTHING_ALLOWED)
             return
         # A token that stops is no part of the text.
-        spoken = len(drawn) - (sequence.ended_by_token and not sequence.sampling.include_stop)
-        text = ""
-        for left, sampled in zip(range(len(drawn) - 1, -1, -1), drawn, strict=True):
+        silent = sequence.ended_by_token and not sequence.sampling.include_stop
+        text, left = "", len(drawn)
+        for sampled in drawn:
+            left -= 1
             choice.token_ids.append(sampled.token_id)
-            if len(drawn) - left <= spoken:
+            if left or not silent:
                 piece, stopped = self._text(choice, sampled, sequence.num_output - left)
                 text += piece
                 if stopped:

@@ -5,7 +5,6 @@ The scheduler counts, and how full things are is read when somebody asks.
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_left
 
 from forebay_engine.request import Choice, Request, durations
@@ -44,9 +43,9 @@ class Metrics:
         self._decode = Histogram()
         self._acceptance = Histogram(_SHARES)
 
-    def tokens(self, choice: Choice, count: int) -> None:
+    def tokens(self, choice: Choice, count: int, now: float) -> None:
         """So many tokens of a choice have come; each counts with its share of the time."""
-        now, request = time.monotonic(), choice.request
+        request = choice.request
         if choice.last_token is not None:
             self._inter_token.observe((now - choice.last_token) / count, count)
         choice.last_token = now

@@ -95,11 +95,12 @@ class Planner:
         """
         decodes, prompts, held = [], [], 0
         for entry in self._queues.running:
-            missing = len(entry.sequence.token_ids) + entry.unknown - entry.reach
-            if entry.unknown and _ends_next(entry):
-                continue
-            if entry.unknown and entry.waits:
-                held += 1
+            sequence = entry.sequence
+            total = len(sequence.token_ids) + entry.unknown
+            missing = total - entry.reach
+            if entry.unknown and (entry.waits or total >= sequence.most_tokens):
+                # With its last token it ends, whatever that is.
+                held += total < sequence.most_tokens
             elif missing == 1:
                 decodes.append(entry)
             elif missing:
@@ -108,9 +109,8 @@ class Planner:
 
     def _decode(self, entries: list[Entry], step: StepBudget, ahead: bool) -> bool:
         """A token for each; False: pages are lacking."""
-        for entry in entries:
-            full = entry.reach == entry.pages.end and entry not in step.preempted
-            if full and not self._make_room(entry, 1, step, ahead):
+        for entry in [entry for entry in entries if entry.reach == entry.pages.end]:
+            if entry not in step.preempted and not self._make_room(entry, 1, step, ahead):
                 return False
         if step.preempted:
             entries = [entry for entry in entries if entry not in step.preempted]
@@ -195,9 +195,3 @@ class Planner:
     def _reserve(self, entry: Entry, count: int) -> bool:
         """Pages up to the row's end."""
         return self._cache.reserve(entry.pages, entry.reach + count)
-
-
-def _ends_next(entry: Entry) -> bool:
-    """Whether the sequence ends with the token that is not known yet, whatever it is."""
-    sequence = entry.sequence
-    return sequence.num_output + entry.unknown >= sequence.sampling.max_tokens

@@ -71,7 +71,7 @@ class Request:
 def output(choice: Choice, text: str, tokenizer: Tokenizer) -> Output:
     """The next piece of a choice, which takes what was held back for it."""
     name = tokenizer.token_text
-    prompt = sorted((choice.prompt or {}).items())
+    prompt = sorted(choice.prompt.items()) if choice.prompt else ()
     found = Output(
         id=choice.request.command.id,
         index=choice.index,

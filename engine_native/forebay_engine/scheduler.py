@@ -190,14 +190,17 @@ class Scheduler:
         rows = [_row(entry, count) for entry, count in step.counts.items()]
         if self._speculation is not None:
             rows = self._speculation.extend(rows, step.left, self._spare)
-        flight = sorted(zip(step.counts, rows, strict=True), key=lambda pair: pair[1].count > 1)
-        for entry, row in flight:
+        flight: Flight = []
+        longer: Flight = []
+        for entry, row in zip(step.counts, rows, strict=True):
             entry.flying += 1
             entry.reach += row.count
             entry.unknown += row.sample
+            (flight if row.count == 1 else longer).append((entry, row))
+        flight += longer
         self._flights.append(flight)
         self.counters.steps += 1
-        return StepPlan(tuple(row for _, row in flight))
+        return StepPlan(tuple([row for _, row in flight]))
 
     def apply(
         self, result: StepResult, failed: Collection[int] = ()
@@ -213,32 +216,37 @@ class Scheduler:
         flight = self._flights[0]
         if failed:
             flight = [pair for pair in flight if pair[1].seq_id not in failed]
-        sampled = result.of([row for _, row in flight if row.sample])
+        sampling = [row for _, row in flight if row.sample]
+        sampled = result.of(sampling)
         if failed:
-            for id in failed:
-                self.abort(id, FinishReason.ERROR)
-            self._land([pair for pair in self._flights[0] if pair[1].seq_id in failed])
+            self._fail(failed)
         self._flights.popleft()
         if self._speculation is not None:
-            self._speculation.take([row for _, row in flight], sampled, result.guessed)
+            drawn_by = {row.seq_id: drawn for row, drawn in zip(sampling, sampled, strict=True)}
+            self._speculation.take([row for _, row in flight], drawn_by, result.guessed)
         progress = []
+        draws = iter(sampled)
         for entry, row in flight:
             sequence = entry.sequence
-            self.counters.computed_tokens += row.count
-            if sequence.finish_reason is None:
-                sequence.num_computed += row.count - len(row.draft)
-                if row.draft:
-                    accepted = len(sampled[row.seq_id]) - 1
-                    self.counters.count_guesses(sequence, len(row.draft), accepted)
-                if row.sample:
-                    progress.append((sequence, self._append(sequence, sampled[row.seq_id])))
-                elif row.pooling is not None and sequence.num_computed == len(sequence.token_ids):
-                    sequence.finish_reason = FinishReason.STOP
-                    self.counters.finished += 1
+            drawn = next(draws) if row.sample else []
+            if sequence.finish_reason is not None:
+                continue
+            sequence.num_computed += row.count
+            if row.draft:
+                sequence.num_computed -= len(row.draft)
+                self.counters.count_guesses(sequence, len(row.draft), len(drawn) - 1)
+            if row.sample:
+                progress.append((sequence, self._append(sequence, drawn)))
+            elif row.pooling is not None and sequence.num_computed == len(sequence.token_ids):
+                sequence.finish_reason = FinishReason.STOP
+                self.counters.finished += 1
+            if sequence.num_computed >= entry.pages.due:
                 self.cache.advance(entry.pages, sequence.token_ids, sequence.num_computed)
-                if sequence.finish_reason is not None:
-                    self._queues.leave(entry)
+            if sequence.finish_reason is not None:
+                self._queues.leave(entry)
         self._land(flight)
+        self.counters.computed_tokens += sum([row.count for _, row in flight])
+        self.counters.generated_tokens += sum([len(drawn) for _, drawn in progress])
         return progress
 
     def discard(self) -> None:
@@ -281,17 +289,22 @@ class Scheduler:
     def _append(self, sequence: Sequence, drawn: list[Sampled]) -> list[Sampled]:
         """Add what was drawn, up to the answer's end; all but the last are computed as well."""
         for number, sampled in enumerate(drawn):
-            sequence.num_computed += number > 0
+            if number:
+                sequence.num_computed += 1
             if sampled.token_id == NO_TOKEN:
                 sequence.finish_reason = FinishReason.ERROR
             else:
                 sequence.take(sampled.token_id, self._eos)
             if sequence.finish_reason is not None:
                 self.counters.count_end(sequence.finish_reason)
-                drawn = drawn[: number + 1]
-                break
-        self.counters.generated_tokens += len(drawn)
+                return drawn[: number + 1]
         return drawn
+
+    def _fail(self, failed: Collection[int]) -> None:
+        """These sequences end with the oldest step, which could not be executed for them."""
+        for id in failed:
+            self.abort(id, FinishReason.ERROR)
+        self._land([pair for pair in self._flights[0] if pair[1].seq_id in failed])
 
     def _land(self, flight: Flight) -> None:
         """A step is over for these rows, so the pages of those who have ended are free."""
@@ -321,17 +334,20 @@ class Scheduler:
 
 
 def _row(entry: Entry, count: int) -> Row:
-    sequence = entry.sequence
+    # By position, as there are hundreds in a step: with names it takes twice as long.
+    sequence, start, tokens = entry.sequence, entry.reach, entry.sequence.token_ids
     return Row(
-        seq_id=sequence.id,
-        token_ids=sequence.token_ids,
-        start=entry.reach,
-        count=count,
-        block_tables=entry.pages.tables,
-        sample=entry.reach + count == entry.total and sequence.pooling is None,
-        sampling=sequence.sampling,
-        num_prompt=len(sequence.prompt_ids),
-        guide=sequence.guide,
-        pooling=sequence.pooling,
-        unknown=entry.unknown,
+        sequence.id,
+        tokens,
+        start,
+        count,
+        entry.pages.tables,
+        start + count == len(tokens) + entry.unknown and sequence.pooling is None,
+        sequence.sampling,
+        len(sequence.prompt_ids),
+        (),
+        sequence.guide,
+        sequence.pooling,
+        None,
+        entry.unknown,
     )

@@ -87,6 +87,8 @@ class Sequence:
     guide: Guide | None = None
     #: Prompt and answer.
     token_ids: list[int] = field(init=False)
+    #: Of them there are so many where nothing ends the answer before.
+    most_tokens: int = field(init=False)
     #: Tokens whose keys and values are in the cache; token ``num_computed`` is the next to run.
     num_computed: int = 0
     #: Prompt tokens found in the prefix cache at first admission.
@@ -107,6 +109,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)
+        self.most_tokens = len(self.prompt_ids) + self.sampling.max_tokens
 
     @property
     def num_output(self) -> int:
@@ -115,20 +118,20 @@ class Sequence:
     def take(self, token_id: int, eos_token_ids: frozenset[int]) -> None:
         """Add a token that was drawn, and find out whether the answer ends with it."""
         self.token_ids.append(token_id)
-        if self._is_end(token_id, eos_token_ids):
+        # Most tokens are neither.
+        named = token_id in eos_token_ids or token_id in self.sampling.stop_token_ids
+        if named and self._is_end(token_id):
             self.finish_reason = FinishReason.STOP
             self.ended_by_token = True
         elif self.guide is not None and self.guide.take(token_id):
             self.finish_reason = FinishReason.STOP
-        elif self.num_output >= self.sampling.max_tokens:
+        elif len(self.token_ids) >= self.most_tokens:
             self.finish_reason = FinishReason.LENGTH
 
-    def _is_end(self, token_id: int, eos_token_ids: frozenset[int]) -> bool:
+    def _is_end(self, token_id: int) -> bool:
+        """Whether a token that ends answers ends this one."""
         if self.num_output < self.sampling.min_tokens:
             return False
         if self.guide is not None and not self.guide.may_end:
             return False
-        sampling = self.sampling
-        if token_id in sampling.stop_token_ids:
-            return True
-        return token_id in eos_token_ids and not sampling.ignore_eos
+        return not self.sampling.ignore_eos or token_id in self.sampling.stop_token_ids

@@ -109,6 +109,9 @@ class _Connection:
     def __init__(self, server: Server, writer: asyncio.StreamWriter) -> None:
         self._server = server
         self._writer = writer
+        #: Frames that are sent together once the loop has come round: a step has one for each row,
+        #: and each call takes 1.6 µs.
+        self._frames: list[bytes] = []
         self.requests: dict[int, asyncio.Task[Request | None]] = {}
 
     def take(self, command: Command) -> None:
@@ -159,8 +162,14 @@ class _Connection:
     def _send(self, event: Event) -> None:
         if isinstance(event, _LAST):
             self.requests.pop(event.id, None)
+        if not self._frames:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._frames.append(frame(event))
+
+    def _flush(self) -> None:
+        frames, self._frames = self._frames, []
         if not self._writer.is_closing():
-            self._writer.write(frame(event))
+            self._writer.writelines(frames)
 
     def _abort(self, id: int) -> None:
         """Drop a request, while its prompt is still being encoded or at any later time."""

@@ -165,11 +165,13 @@ class StepResult:
     #: Of rows with ``prompt_logprobs``, the tokens that follow those which this step ran.
     prompt: tuple[PromptToken, ...] = ()
 
-    def of(self, rows: Items[Row]) -> dict[int, list[Sampled]]:
-        """What was drawn for each of the rows that wanted a sample, by ``seq_id``.
+    def of(self, rows: Items[Row]) -> list[list[Sampled]]:
+        """What was drawn for each of the rows, all of which wanted a sample.
 
         :raises RuntimeError: not what the rows asked for.
         """
+        if [item.seq_id for item in self.sampled] == [row.seq_id for row in rows]:
+            return [[item] for item in self.sampled]
         found: dict[int, list[Sampled]] = {}
         for item in self.sampled:
             found.setdefault(item.seq_id, []).append(item)
@@ -179,4 +181,4 @@ class StepResult:
             drawn = [item.token_id for item in found[row.seq_id]]
             if drawn[:-1] != list(row.draft[: len(drawn) - 1]):
                 raise RuntimeError(f"sequence {row.seq_id}: {drawn} do not follow {row.draft}")
-        return found
+        return [found[row.seq_id] for row in rows]

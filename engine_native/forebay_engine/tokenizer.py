@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
 from forebay_engine.errors import StartRefused
+
+#: What decoders write for bytes that are not (yet) a character.
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+#: Decoders that make of each token its text whatever stands beside it, characters in several tokens
+#: excepted.
+_INDEPENDENT = {"ByteLevel", "ByteFallback", "Fuse", "Replace"}
+
+
+class Pieces(dict[int, str | None]):
+    """Of each token its text, found when first asked for; None: it is part of a character."""
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+
+    def __missing__(self, token_id: int) -> str | None:
+        text = self._decode([token_id])
+        self[token_id] = found = None if BROKEN in text else text
+        return found
 
 
 class Tokenizer:
@@ -19,6 +39,10 @@ class Tokenizer:
         self._anchor = backend.encode("a", add_special_tokens=False).ids[-1:]
         self._anchor_length = len(self.spell(self._anchor))
         self._texts: dict[int, str] = {}
+        independent = _decodes_independently(backend)
+        #: Of what ``decode`` and ``spell`` say; None: a token's text depends on the one before it.
+        self.pieces = Pieces(self.decode) if independent else None
+        self.spelled_pieces = Pieces(self.spell) if independent else None
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -71,3 +95,14 @@ def tokenizer_file(folder: Path) -> Path:
             f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         )
     return path
+
+
+def _decodes_independently(backend: Backend) -> bool:
+    """Whether the text of tokens is the texts of each, one behind the other."""
+    if backend.decoder is None:  # spaces between them
+        return False
+    decoder = json.loads(backend.decoder.__getstate__())
+    kinds = [part["type"] for part in decoder.get("decoders", [decoder])]
+    # What is replaced behind it, in the whole text, may reach over two tokens.
+    whole = kinds.index("Fuse") if "Fuse" in kinds else len(kinds)
+    return set(kinds) <= _INDEPENDENT and "Replace" not in kinds[whole:]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from forebay_engine.detokenizer import Detokenizer, StopStrings
+from forebay_engine.tokenizer import Tokenizer as EngineTokenizer
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 
@@ -23,8 +24,11 @@ def byte_level() -> Tokenizer:
     return tokenizer
 
 
-def byte_fallback() -> Tokenizer:
-    """As of Llama 2 and Gemma: some characters are tokens, the bytes of all others too."""
+def byte_fallback(*, strips: bool = True) -> Tokenizer:
+    """As of Llama 2 and Gemma: some characters are tokens, the bytes of all others too.
+
+    ``strips``: as of Llama 2, whose decoder takes a text's first space away.
+    """
     known = [*"▁abcdeé", *(f"<0x{byte:02X}>" for byte in range(256))]
     vocab = {token: index for index, token in enumerate(known)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
@@ -36,13 +40,14 @@ def byte_fallback() -> Tokenizer:
             decoders.Replace("▁", " "),
             decoders.ByteFallback(),
             decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
+            *([decoders.Strip(" ", 1, 0)] if strips else []),
         ]
     )
     return tokenizer
 
 
 TOKENIZERS = {"byte_level": byte_level(), "byte_fallback": byte_fallback()}
+INDEPENDENT = {"byte_level": byte_level(), "gemma": byte_fallback(strips=False)}
 # Characters of one to four bytes, joined ones, spaces, and what decoders like to eat.
 texts = st.text(st.sampled_from("ab é€你😀\U0001f3f3\u200d▁\n"), max_size=12)
 
@@ -62,6 +67,34 @@ def test_pieces_join_to_the_text_and_hold_whole_characters(
     assert not any(BROKEN in piece for piece in pieces)
     whole, shown = tokenizer.decode(ids), tokenizer.decode(ids[:start])
     assert "".join(pieces) == whole[len(shown) :]
+
+
+@pytest.mark.parametrize("name", INDEPENDENT)
+@given(data=st.data())
+def test_texts_of_single_tokens_change_no_piece(name: str, data: st.DataObject) -> None:
+    """Any tokens in any order, broken characters among them."""
+    tokenizer = EngineTokenizer(INDEPENDENT[name])
+    size = tokenizer.vocab_size
+    ordinary = [id for id in range(size) if BROKEN not in tokenizer.decode([id])]
+    ids = st.lists(st.sampled_from(ordinary) | st.integers(0, size - 1), max_size=12)
+    prompt, answer = data.draw(ids), data.draw(ids)
+    assert tokenizer.pieces is not None
+    plain = Detokenizer(tokenizer.decode, prompt)
+    fast = Detokenizer(tokenizer.decode, prompt, tokenizer.pieces)
+    assert [fast.push(id) for id in answer] == [plain.push(id) for id in answer]
+
+
+def test_single_tokens_are_trusted_where_no_neighbour_changes_them() -> None:
+    assert EngineTokenizer(byte_fallback()).pieces is None
+    spaced = byte_level()
+    spaced.decoder = None
+    assert EngineTokenizer(spaced).pieces is None
+    spaced.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "c")])
+    assert EngineTokenizer(spaced).pieces is None
+    tokenizer = EngineTokenizer(INDEPENDENT["gemma"])
+    assert tokenizer.pieces is not None
+    lone, letter = tokenizer.encode("€a", special=False)[1::3]
+    assert (tokenizer.pieces[lone], tokenizer.pieces[letter]) == (None, "a")
 
 
 def test_a_character_is_shown_with_its_last_byte() -> None:
