@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import msgspec
 import pytest
 
 from forebay_engine.client import (
+    ENGINE_COMMAND,
     DeadlinePassed,
     Done,
     EngineClient,
@@ -33,6 +35,8 @@ from forebay_engine.client import (
 )
 from forebay_engine.wire import GuideKind, GuideSpec, frame
 
+#: The engine's process, one step ahead of its model.
+LATE = (sys.executable, str(Path(__file__).parents[1] / "fakes" / "late_process.py"))
 #: Tokens of prompts that many share.
 SHARED = [[5 + (7 * i + k) % 370 for i in range(60)] for k in range(4)]
 #: Requests under way at a time.
@@ -223,8 +227,11 @@ async def quiet(client: EngineClient) -> Status:
         await asyncio.sleep(0.02)
 
 
-async def soak(folder: Path, count: int, speculation: str) -> dict[str, object]:
-    """Run, check that all is as it was, and tell the figures."""
+async def soak(folder: Path, count: int, mode: str) -> dict[str, object]:
+    """Run, check that all is as it was, and tell the figures.
+
+    :param mode: of speculation; or ``ahead``.
+    """
     config = EngineConfig(
         model=str(folder),
         dtype="float32",
@@ -234,9 +241,9 @@ async def soak(folder: Path, count: int, speculation: str) -> dict[str, object]:
         max_step_tokens=96,
         max_sequences=16,
         threads=1,
-        speculation=speculation,
+        speculation="none" if mode == "ahead" else mode,
     )
-    client = EngineClient(config)
+    client = EngineClient(config, command=LATE if mode == "ahead" else ENGINE_COMMAND)
     await client.start()
     try:
         await quiet(client)
@@ -283,20 +290,21 @@ async def soak(folder: Path, count: int, speculation: str) -> dict[str, object]:
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.parametrize(("mode", "count"), [("ngram", 200), ("ahead", 120)])
 async def test_a_mixed_crowd_leaves_nothing_behind(
-    tiny_checkpoint: Callable[[str], Path],
+    tiny_checkpoint: Callable[[str], Path], mode: str, count: int
 ) -> None:
-    figures = await soak(tiny_checkpoint("gemma3"), 300, "ngram")
+    figures = await soak(tiny_checkpoint("gemma3"), count, mode)
     assert figures["growth"] <= 4 * GROWTH  # type: ignore[operator] # a number
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("speculation", ["none", "ngram"])
+@pytest.mark.parametrize("mode", ["none", "ngram", "ahead"])
 async def test_ten_thousand_leave_nothing_behind(
-    tiny_checkpoint: Callable[[str], Path], speculation: str
+    tiny_checkpoint: Callable[[str], Path], mode: str
 ) -> None:
-    figures = await soak(tiny_checkpoint("gemma3"), 10_000, speculation)
+    figures = await soak(tiny_checkpoint("gemma3"), 10_000, mode)
     for name, figure in figures.items():
         print(f"{name}: {figure}")
     assert figures["growth"] <= GROWTH  # type: ignore[operator] # a number
