@@ -137,6 +137,7 @@ def test_a_launch_serves_all_lengths_up_to_its_bounds(make_case: Any) -> None:
     bounds = kernels.PagedBatch(
         query_starts=case.batch.query_starts,
         seq_lens=(4096,) * 4,
+        replayed=True,
         num_decodes=4,
         block_tables=case.batch.block_tables,
         lengths=case.batch.lengths,
