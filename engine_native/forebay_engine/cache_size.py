@@ -29,15 +29,12 @@ def cache_groups(
     :param kv_bytes: of all pages together, unless ``num_blocks`` says how many there are.
     :raises ModelError: they do not hold a page of each.
     """
-    sliding = sum(shape.sliding)
-    layers: dict[int | None, int] = {None: shape.num_layers - sliding}
-    if sliding:
-        layers[shape.sliding_window] = sliding
-    windows = [window for window, count in layers.items() if count]
+    each = layer_windows(shape)
+    windows = group_windows(shape)
     if config.num_blocks:
         return tuple(CacheGroup(config.num_blocks, window) for window in windows)
     slot = 2 * shape.num_kv_heads * shape.head_dim * itemsize
-    pages = [slot * layers[window] * config.block_size for window in windows]
+    pages = [slot * each.count(window) * config.block_size for window in windows]
     if draft is not None:
         slot = 2 * draft.num_kv_heads * draft.head_dim * itemsize
         for window in layer_windows(draft):
@@ -58,6 +55,11 @@ def cache_groups(
 def layer_windows(shape: ModelShape) -> list[int | None]:
     """Positions that each layer sees; None: all."""
     return [shape.sliding_window if slides else None for slides in shape.sliding]
+
+
+def group_windows(shape: ModelShape) -> list[int | None]:
+    """Of each group, how many positions its layers see; all first."""
+    return sorted(set(layer_windows(shape)), key=lambda window: window is not None)
 
 
 def group_of(groups: Items[CacheGroup], window: int | None) -> int:

@@ -25,7 +25,7 @@ _PROGRAM_BYTES = 400 << 20
 #: and integers and FP8, which stay as they are.
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _OTHERS = {"I64": 8, "I32": 4, "I16": 2}
-_DTYPES = {"float32": 4, "bfloat16": 2}
+_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 #: Bytes of a value that is rounded while loading: int4 has 8 bytes of scale and zero a group of 32,
 #: FP8 is widened to bfloat16 on a CPU.
 _ROUNDED = {"int8": 1.0, "int4": 0.5 + 8 / 32, "fp8": 2.0}
@@ -55,25 +55,33 @@ def refuse_what_does_not_fit(config: EngineConfig, available: int | None = None)
         )
 
 
-def all_weight_bytes(config: EngineConfig) -> int:
+def all_weight_bytes(config: EngineConfig, *, on_gpu: bool = False) -> int:
     """Of the model, and of the draft model if there is one."""
     folders = [folder for folder in (config.model, config.draft_model) if folder is not None]
-    return sum(weight_bytes(Path(f), config.dtype, config.quantization) for f in folders)
+    return sum(folder_bytes(config, folder, on_gpu=on_gpu) for folder in folders)
 
 
-def weight_bytes(folder: Path, dtype: str, quantization: str = "none") -> int:
+def folder_bytes(config: EngineConfig, folder: str, *, on_gpu: bool) -> int:
+    """Of one of them."""
+    return weight_bytes(Path(folder), config.dtype, config.quantization, on_gpu=on_gpu)
+
+
+def weight_bytes(
+    folder: Path, dtype: str, quantization: str = "none", *, on_gpu: bool = False
+) -> int:
     """Bytes of a folder's safetensors, or of its GGUF file, once they are loaded.
 
     With them the second copy of an embedding that is the output layer too: laid out for its kernel,
-    or rounded, while tokens are looked up in the first.
+    or rounded, while tokens are looked up in the first. On a GPU there is one only if it is
+    rounded, float16 stays as it is, and FP8 takes a byte.
     """
     if (folder / "model.gguf").is_file():
         tensors = _gguf_header(folder / "model.gguf")
     else:
         tensors = [item for path in folder.glob("*.safetensors") for item in _header(path)]
-    if all(name != _HEAD for name, _ in tensors):
+    if all(name != _HEAD for name, _ in tensors) and not (on_gpu and quantization == "none"):
         tensors += [(_HEAD, tensor) for name, tensor in tensors if name.endswith(_EMBEDDINGS)]
-    return sum(_bytes(name, tensor, dtype, quantization) for name, tensor in tensors)
+    return sum(_bytes(name, tensor, dtype, quantization, on_gpu) for name, tensor in tensors)
 
 
 def available_bytes() -> int | None:
@@ -126,17 +134,19 @@ def _gguf_header(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def _bytes(name: str, tensor: dict[str, Any], dtype: str, quantization: str) -> int:
+def _bytes(name: str, tensor: dict[str, Any], dtype: str, quantization: str, on_gpu: bool) -> int:
     """Of one tensor; matrices other than embeddings may be rounded, the head to int8 at best."""
     kind, shape = tensor["dtype"], tensor["shape"]
     values: int = math.prod(shape)
     if kind not in _FLOATS:
-        return _quantized_bytes(kind, values, dtype)
+        return values if on_gpu and kind.startswith("F8") else _quantized_bytes(kind, values, dtype)
     is_layer = len(shape) == 2 and name.endswith(".weight") and not name.endswith(_EMBEDDINGS)
     is_layer |= len(shape) == 3 and name.endswith(_EXPERTS)
     if is_layer and quantization in _ROUNDED and dtype != "float32":
+        if on_gpu and quantization == "fp8":
+            return values
         return int(values * _ROUNDED["int8" if name == _HEAD else quantization])
-    as_stored = 4 if kind == "F16" else _FLOATS[kind]  # computed in float32
+    as_stored = 4 if kind == "F16" and not on_gpu else _FLOATS[kind]  # computed in float32
     return values * _DTYPES.get(dtype, as_stored)
 
 

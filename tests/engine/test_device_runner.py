@@ -243,6 +243,16 @@ def test_pages_of_another_time_are_not_read(
     assert moved.sampled[0].token_id == expected[7]
 
 
+def test_more_changes_than_one_copy_takes_are_told_as_well(
+    llama: tuple[Runner, DeviceRunner, CheckingRecorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, runner, _ = llama
+    prompt = [2, 8, 9, 4, 6, 5, 7]
+    monkeypatch.setattr("forebay_engine.gpu.inputs._CHANGES", 3)
+    found = runner.execute(StepPlan((decode(77, prompt, 0, [51, 22], count=7),)))
+    assert found.sampled[0].token_id == alone(plain, prompt)[7]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

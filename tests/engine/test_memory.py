@@ -79,6 +79,22 @@ def test_an_own_head_is_counted_once_and_float16_becomes_float32(tmp_path: Path)
     assert weight_bytes(tmp_path, "bfloat16", "int4") == 8 * 1024 * (2 + 1)
 
 
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "kib"),
+    [("none", "auto", 8 * 2 + 4 * 2 + 4 * 1), ("fp8", "auto", 8 * (2 + 1) + 4 * 1 + 4 * 1)],
+)
+def test_a_gpu_keeps_float16_fp8_and_one_copy_of_a_tied_head(
+    quantization: str, dtype: str, kib: float, tmp_path: Path
+) -> None:
+    tensors = {
+        "model.embed_tokens.weight": torch.zeros(8, 1024, dtype=torch.float16),
+        "model.layers.0.mlp.up_proj.weight": torch.zeros(4, 1024, dtype=torch.float16),
+        "model.layers.0.mlp.gate_proj.weight": torch.zeros(4, 1024).to(torch.float8_e4m3fn),
+    }
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert weight_bytes(tmp_path, dtype, quantization, on_gpu=True) == kib * 1024
+
+
 def test_what_does_not_fit_is_refused_with_the_sum(folder: Path) -> None:
     config = EngineConfig(model=str(folder), kv_cache_bytes=100 * MIB)
     refuse_what_does_not_fit(config, available=502 * MIB)

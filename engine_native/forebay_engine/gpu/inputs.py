@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ import forebay_kernels as kernels
 from forebay_engine.gpu.layout import Sections, Sizes
 from forebay_engine.gpu.table import RequestTable
 from forebay_kernels import PagedBatch
+
+#: Words of the table that may change with the one copy: pages of 512 prompts of 8,192 tokens.
+_CHANGES = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +44,7 @@ class StepInputs:
 
         self.most_tokens = tokens
         self._table, self._windows, self._block_size = table, windows, block_size
-        # As long as when every sequence tells all that the table holds of it.
-        most = Sizes(rows, tokens, tokens, tokens, rows, len(table.words))
+        most = Sizes(rows, tokens, tokens, tokens, rows, _CHANGES)
         self._words = zeros(most.words)
         self._token_ids = zeros(tokens, dtype=torch.int64)
         self._positions = zeros(tokens, dtype=torch.int64)
@@ -52,9 +54,14 @@ class StepInputs:
         self._slots = zeros(groups, tokens + tokens % 2, dtype=torch.int64)
 
     def send(self, words: Tensor, sizes: Sizes) -> Sections:
-        """Queue the one copy of a step."""
-        self._words[: len(words)].copy_(words, non_blocking=True)
-        return self.sections(sizes)
+        """Queue the one copy of a step; its changes go by themselves where they are very many."""
+        if sizes.changes <= _CHANGES:
+            self._words[: len(words)].copy_(words, non_blocking=True)
+            return self.sections(sizes)
+        front = replace(sizes, changes=0)
+        self._words[: front.words].copy_(words[: front.words], non_blocking=True)
+        whole = Sections.of(words.to(self._words.device, non_blocking=True), sizes)
+        return replace(self.sections(front), changes_at=whole.changes_at, changes=whole.changes)
 
     def sections(self, sizes: Sizes) -> Sections:
         return Sections.of(self._words, sizes)

@@ -10,7 +10,7 @@ import torch
 
 from forebay_engine.config import EngineConfig
 from forebay_engine.errors import StartRefused
-from forebay_engine.memory import all_weight_bytes, mib
+from forebay_engine.memory import all_weight_bytes, folder_bytes, mib
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Shares:
         if not 0.0 < share <= 1.0:
             raise StartRefused(f"gpu_memory_share is {share:g}; it must be above 0 and at most 1")
         found = cls(memory, config, memory.total() - memory.free())
-        weights, cache = all_weight_bytes(config), config.kv_cache_bytes
+        weights, cache = all_weight_bytes(config, on_gpu=True), config.kv_cache_bytes
         there = found.allowed - found.others
         if weights + cache > there:
             raise StartRefused(
@@ -74,6 +74,8 @@ class Shares:
         """
         total = self.memory.total()
         taken = total - self.memory.free()
+        if self.config.draft_model is not None:  # it is read when there are pages for it
+            taken += folder_bytes(self.config, self.config.draft_model, on_gpu=True)
         told = (
             f"gpu_memory_share: {self.config.gpu_memory_share:g} of the GPU's {mib(total)} are "
             f"{mib(self.allowed)}; {mib(self.others)} were taken before, and {mib(taken)} with "

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from forebay_engine.batch import check_row, pool
-from forebay_engine.cache_size import cache_groups
+from forebay_engine.cache_size import cache_groups, group_windows
 from forebay_engine.config import EngineConfig
 from forebay_engine.costs import StepCosts, measured
 from forebay_engine.gpu.drawing import Allowed, Drawing
@@ -85,7 +85,24 @@ class DeviceRunner:
         self._model, scales = checkpoint.load(checkpoint.longest, progress)
         rows = max(config.max_sequences, _TIMED_ROWS)
         tokens = max(config.max_step_tokens, 2 * rows)
+        windows = group_windows(shape)
+        longest = checkpoint.longest + config.speculation_tokens + 2
+        self._table = RequestTable(
+            rows,
+            groups=len(windows),
+            pages=-(-longest // self.block_size),
+            longest=longest,
+            vocab=self.vocab_size,
+            eos_token_ids=self.eos_token_ids,
+            counts=not self._speculates,
+            device=device,
+        )
+        self._inputs = StepInputs(self._table, windows, self.block_size, tokens)
+        self._drawing = Drawing(self._table, self.vocab_size, tokens)
         hidden = self._largest_step(tokens, config.max_sequences)
+        #: What replays come to.
+        self._hidden = torch.zeros_like(hidden[:1]).repeat(config.max_sequences, 1)
+        del hidden
         kv_bytes = config.kv_cache_bytes or (shares.kv_bytes() if shares else KV_BYTES)
         self.cache_groups = cache_groups(
             config, shape, checkpoint.kv_dtype.itemsize, checkpoint.draft, kv_bytes=kv_bytes
@@ -94,26 +111,9 @@ class DeviceRunner:
         self._caches = checkpoint.caches(self.cache_groups, scales)
         self._draft = checkpoint.draft_model(self.max_model_len, self.cache_groups)
 
-        windows = [group.window for group in self.cache_groups]
-        longest = self.max_model_len + config.speculation_tokens
-        pages = -(-longest // self.block_size) + 1
-        self._table = RequestTable(
-            rows,
-            groups=len(windows),
-            pages=pages,
-            longest=longest + 2,
-            vocab=self.vocab_size,
-            eos_token_ids=self.eos_token_ids,
-            counts=not self._speculates,
-            device=device,
-        )
-        self._inputs = StepInputs(self._table, windows, self.block_size, tokens)
-        self._drawing = Drawing(self._table, self.vocab_size, tokens)
         self._recorder = recorder if self.generates and self._model.replayable else None
         self._replays: dict[int, Replay] = {}
         self._most_recorded = config.max_sequences
-        #: What replays come to.
-        self._hidden = torch.zeros_like(hidden[:1]).repeat(config.max_sequences, 1)
 
     @classmethod
     def on_gpu(
