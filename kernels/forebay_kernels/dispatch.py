@@ -288,17 +288,19 @@ def route(logits: Tensor, top_k: int, *, normalised: bool) -> tuple[Tensor, Tens
 
 
 def pack_experts(
-    gate_up: Sequence[Matrix], down: Sequence[Matrix], device: torch.device
+    gate_up: Sequence[Matrix],
+    down: Sequence[Matrix],
+    dtype: torch.dtype,
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """``reference.experts`` over these matrices, of tokens and what ``route`` gives.
+    """``reference.experts`` over these matrices, of tokens of this type and what ``route`` gives.
 
-    None: nothing computes them together on the device, or in the layouts that they have.
+    None: nothing computes them together on the device that they are on.
     """
-    if device.type != "cuda":
+    if gate_up[0].device.type != "cuda":
         return None
     from forebay_kernels.gpu import moe
 
-    return moe.pack_experts(gate_up, down)
+    return moe.pack_experts(gate_up, down, dtype)
 
 
 def remember(

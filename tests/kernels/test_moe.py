@@ -69,8 +69,9 @@ def test_pairs_are_sorted_by_expert_and_keep_their_order(case: str, device: torc
     assert starts.tolist() == [0, *counts.tolist()]
 
 
-#: Of matrices: plain, a scale for each channel, scales of blocks with a shorter last one.
-LAYOUTS = ["plain", "channels", "blocks"]
+#: Of matrices: plain, e4m3 with a scale for each channel, with scales of blocks with a shorter last
+#: one, int8, and groups that are widened.
+LAYOUTS = ["plain", "channels", "blocks", "int8", "other"]
 #: Tokens, experts and top_k, which have tiles of every height, and experts without tokens.
 BATCHES = [(1, 6, 2), (9, 6, 3), (70, 3, 2)]
 HIDDEN, INNER = 80, 72
@@ -80,7 +81,10 @@ def matrices(layout: str, count: int, out: int, into: int, device: torch.device)
     weights = [random(out, into, seed=out + i).to(device) / into**0.5 for i in range(count)]
     if layout == "plain":
         return [Dense(weight) for weight in weights]
-    group = into if layout == "channels" else 64
+    if layout == "int8":
+        scale = random(count, out, seed=into).abs().to(device) / 100 + 0.002
+        return [Int8((w * 40).to(torch.int8), s) for w, s in zip(weights, scale, strict=True)]
+    group = {"channels": into, "blocks": 64, "other": 48}[layout]
     groups = -(-into // group)
     scale = random(count, out, groups).abs().to(device) / 4 + 0.1
     return [
@@ -94,7 +98,13 @@ def error(got: Tensor, want: Tensor) -> float:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    ("batch", "dtype"), [*((b, torch.float32) for b in BATCHES), (BATCHES[1], torch.float16)]
+    ("batch", "dtype"),
+    [
+        (BATCHES[0], torch.float32),
+        (BATCHES[1], torch.float32),
+        (BATCHES[1], torch.float16),
+        (BATCHES[2], torch.float16),
+    ],
 )
 def test_each_token_is_the_sum_of_its_experts(
     layout: str, batch: tuple[int, int, int], dtype: torch.dtype, device: torch.device
@@ -109,20 +119,20 @@ def test_each_token_is_the_sum_of_its_experts(
     logits = random(tokens, count).to(device)
     logits[:, 1] = -100.0
     weight, chosen = reference.route(logits, top_k, normalised=True)
-    packed = moe.pack_experts(gate_up, down)
-    assert packed is not None
+    packed = moe.pack_experts(gate_up, down, dtype)
     stacked = [torch.stack([m.dequantize() for m in ms]).double() for ms in (gate_up, down)]
     want = reference.experts(x.double(), weight.double(), chosen, *stacked)
     got = packed(x, weight, chosen)
     assert got.dtype == dtype
-    assert error(got, want) < (1e-6 if dtype == torch.float32 else 2e-3)
+    assert error(got, want) < (2e-6 if dtype == torch.float32 else 2e-3)
 
 
 def test_all_tokens_on_one_expert(device: torch.device) -> None:
     packed = moe.pack_experts(
-        matrices("plain", 4, 2 * INNER, HIDDEN, device), matrices("plain", 4, HIDDEN, INNER, device)
+        matrices("plain", 4, 2 * INNER, HIDDEN, device),
+        matrices("plain", 4, HIDDEN, INNER, device),
+        torch.float32,
     )
-    assert packed is not None
     x = random(37, HIDDEN).to(device)
     weight = random(37, 1).to(device)
     chosen = torch.full((37, 1), 3, dtype=torch.int32, device=device)
@@ -137,9 +147,10 @@ def test_all_tokens_on_one_expert(device: torch.device) -> None:
 def test_a_token_does_not_depend_on_those_beside_it(device: torch.device) -> None:
     """Nor on padded rows, which may hold NaN and be sent anywhere."""
     packed = moe.pack_experts(
-        matrices("plain", 4, 2 * INNER, HIDDEN, device), matrices("plain", 4, HIDDEN, INNER, device)
+        matrices("plain", 4, 2 * INNER, HIDDEN, device),
+        matrices("plain", 4, HIDDEN, INNER, device),
+        torch.float32,
     )
-    assert packed is not None
     x, logits = random(6, HIDDEN).to(device), random(6, 4, seed=1).to(device)
     alone = packed(x, *moe.route(logits, 2, normalised=True))
     x[4, 3:] = float("nan")
@@ -149,15 +160,12 @@ def test_a_token_does_not_depend_on_those_beside_it(device: torch.device) -> Non
     assert torch.equal(found[others], alone[others])
 
 
-def test_what_the_kernels_do_not_take(device: torch.device) -> None:
-    plain = matrices("plain", 2, HIDDEN, INNER, device)
-    int8 = Int8(torch.ones(HIDDEN, INNER, dtype=torch.int8), torch.ones(HIDDEN))
-    odd = Fp8(torch.ones(4, 96).to(torch.float8_e4m3fn), torch.ones(4, 2), 48)
-    for other in (int8, odd):
-        assert moe.pack_experts(plain, [plain[0], other]) is None
-        assert moe.pack_experts([other, other], plain) is None
-    packed = moe.pack_experts(matrices("plain", 2, 2 * INNER, HIDDEN, device), plain)
-    assert packed is not None
+def test_no_tokens_and_wrong_ones(device: torch.device) -> None:
+    packed = moe.pack_experts(
+        matrices("plain", 2, 2 * INNER, HIDDEN, device),
+        matrices("plain", 2, HIDDEN, INNER, device),
+        torch.float32,
+    )
     none = torch.empty(0, 2, device=device)
     assert packed(torch.empty(0, HIDDEN, device=device), none, none.int()).shape == (0, HIDDEN)
     with pytest.raises(ValueError, match=r"\[3, 81\], but it takes contiguous \[tokens, 80\]"):
@@ -183,7 +191,9 @@ def product_job(
     model: tuple[int, int, int, int], tokens: int, *, gated: bool, groups: int = 0
 ) -> dict[str, Any]:
     experts, top_k, hidden, inner = model
-    used = choose("moe_product", torch.device("cpu"), rows=-(-tokens * top_k // experts))
+    used = choose(
+        "moe_product", torch.device("cpu"), rows=-(-tokens * top_k // experts), value_bytes=2
+    )
     into = hidden if gated else inner
     return {
         "kernel": "forebay_kernels.gpu.moe:_product_kernel",

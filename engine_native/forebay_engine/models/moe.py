@@ -107,7 +107,7 @@ class Mixtral(Llama):
         # As stored, whatever the others are: rounded, it would send tokens to other experts.
         router = Linear(Dense(weights.take(f"{block}.gate.weight", count, outer)))
         mixture = _mixture(
-            config, router, gate_up, down, device=weights.device, normalised=normalised
+            config, router, gate_up, down, dtype=weights.dtype, normalised=normalised
         )
         # Of the others the host has to know which experts are chosen.
         self.replayable &= isinstance(mixture, PackedExperts)
@@ -120,12 +120,12 @@ def _mixture(
     gate_up: list[Matrix],
     down: list[Matrix],
     *,
-    device: torch.device,
+    dtype: torch.dtype,
     normalised: bool,
 ) -> Part:
     top_k: int = config.data["num_experts_per_tok"]
     if config.hidden_act == "silu":
-        packed = kernels.pack_experts(gate_up, down, device)
+        packed = kernels.pack_experts(gate_up, down, dtype)
         if packed is not None:
             return PackedExperts(router, packed, top_k=top_k, normalised=normalised)
     experts = [

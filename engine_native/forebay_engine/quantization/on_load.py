@@ -21,6 +21,8 @@ _SPANS = (1.0, 0.92, 0.84)
 #: one thread. Its own threads wait for each other after every operation, which on a busy machine
 #: made this twenty times slower than threads with a part of the rows each.
 _CHUNK = 1 << 15
+#: The same on a GPU, where each operation is a launch: a model of 8B in some hundred chunks.
+_GPU_CHUNK = 1 << 26
 
 
 def to_int8(weight: Tensor) -> Int8:
@@ -35,7 +37,7 @@ def to_int8(weight: Tensor) -> Int8:
         divisor = torch.where(scale[rows] > 0.0, scale[rows], 1.0)
         values[rows] = (wide / divisor[:, None]).round_().to(torch.int8)
 
-    _for_all_rows(quantize, out, into)
+    _for_all_rows(quantize, weight)
     return Int8(values, scale)
 
 
@@ -53,7 +55,7 @@ def to_fp8(weight: Tensor) -> Fp8:
         rounded = (wide / divisor).clamp_(-_FP8_LARGEST, _FP8_LARGEST)
         values[rows] = rounded.to(torch.float8_e4m3fn)
 
-    _for_all_rows(quantize, out, into)
+    _for_all_rows(quantize, weight)
     return Fp8(values, scale, into)
 
 
@@ -75,7 +77,7 @@ def to_int4(weight: Tensor) -> Matrix:
         found, scale[rows], zero[rows] = _fit(groups)
         packed[rows] = pack_int4(found.flatten(1))
 
-    _for_all_rows(quantize, out, into)
+    _for_all_rows(quantize, weight)
     return Int4(packed, scale, zero, group)
 
 
@@ -110,9 +112,10 @@ def _fit(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return levels, scale.squeeze(-1), zero.squeeze(-1)
 
 
-def _for_all_rows(quantize: Callable[[slice], None], out: int, into: int) -> None:
+def _for_all_rows(quantize: Callable[[slice], None], weight: Tensor) -> None:
     """Call ``quantize`` for a few rows at a time, with a thread for each of torch's."""
-    step = max(1, _CHUNK // into)
+    out, into = weight.shape
+    step = max(1, (_CHUNK if weight.is_cpu else _GPU_CHUNK) // into)
     inference = torch.is_inference_mode_enabled()  # which a new thread does not know of
 
     def one(start: int) -> None:

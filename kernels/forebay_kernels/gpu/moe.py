@@ -14,7 +14,8 @@ in five launches, none of which depends on what the router says: a graph can hol
 
 The products are cut into tiles of rows of one expert. How many tiles there are only the device
 knows: as many programs are launched as there could be at most, each finds its tile in ``starts``,
-and the rest ends at once. Weights may be e4m3 with scales (see ``gpu.fp8``), widened in registers.
+and the rest ends at once. Weights may be int8 or e4m3 with scales (see ``gpu.fp8``), widened in
+registers.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from forebay_kernels.gpu.fp8 import takes, widened
 from forebay_kernels.gpu.tuning import choose
-from forebay_kernels.matrix import Dense, Fp8, Matrix
+from forebay_kernels.matrix import Dense, Fp8, Int8, Matrix
 
 #: Pairs that a program of the sort looks at together.
 _SORT_TILE = 1024
@@ -219,7 +220,7 @@ class _Stacked:
     """One matrix of each expert."""
 
     weight: Tensor  # [experts, out, in]
-    scale: Tensor | None  # of e4m3: [experts, groups, out] float32
+    scale: Tensor | None  # of int8 and e4m3: [experts, groups, out] float32
     group: int  # columns that share a scale
 
     @property
@@ -264,7 +265,12 @@ class PackedExperts:
         top_k: int,
     ) -> None:
         (pairs, width), rows = out.shape, matrices.weight.shape[1]
-        chosen = choose("moe_product", x.device, rows=triton.cdiv(pairs, self._experts))
+        chosen = choose(
+            "moe_product",
+            x.device,
+            rows=triton.cdiv(pairs, self._experts),
+            value_bytes=x.element_size(),
+        )
         tile_rows, tile_in = chosen["tile_rows"], chosen["tile_in"]
         if matrices.groups > 1:
             tile_in = min(tile_in, matrices.group)
@@ -334,27 +340,28 @@ def sort_pairs(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     return order, starts
 
 
-def pack_experts(gate_up: Sequence[Matrix], down: Sequence[Matrix]) -> PackedExperts | None:
-    """The matrices of each expert for ``PackedExperts``; None if their layouts are none it takes.
+def pack_experts(
+    gate_up: Sequence[Matrix], down: Sequence[Matrix], dtype: torch.dtype
+) -> PackedExperts:
+    """The matrices of each expert together, for tokens of this type.
 
-    Those are plain values and e4m3, of the latter with the groups that ``gpu.fp8`` takes.
+    Kept as they are: plain values, int8 with a scale a channel, and e4m3 with the groups that
+    ``gpu.fp8`` takes; others are widened to ``dtype``.
     """
-    stacked = _stack(gate_up), _stack(down)
-    if stacked[0] is None or stacked[1] is None:
-        return None
-    return PackedExperts(stacked[0], stacked[1])
+    return PackedExperts(_stack(gate_up, dtype), _stack(down, dtype))
 
 
-def _stack(parts: Sequence[Matrix]) -> _Stacked | None:
-    dense = [part for part in parts if isinstance(part, Dense)]
-    if len(dense) == len(parts):
-        return _Stacked(torch.stack([part.weight for part in dense]), None, dense[0].shape[1])
-    rounded = [part for part in parts if isinstance(part, Fp8)]
-    if len(rounded) < len(parts) or any(
-        part.group != rounded[0].group or not takes(part) for part in rounded
-    ):
-        return None
-    # Bytes, as torch stacks no e4m3 on every device.
-    weight = torch.stack([part.weight.view(torch.uint8) for part in rounded])
-    scale = torch.stack([part.scale.float().t() for part in rounded]).contiguous()
-    return _Stacked(weight.view(torch.float8_e4m3fn), scale, rounded[0].group)
+def _stack(parts: Sequence[Matrix], dtype: torch.dtype) -> _Stacked:
+    into = parts[0].shape[1]
+    int8 = [part for part in parts if isinstance(part, Int8)]
+    if len(int8) == len(parts):
+        scale = torch.stack([part.scale[None] for part in int8])
+        return _Stacked(torch.stack([part.weight for part in int8]), scale, into)
+    fp8 = [part for part in parts if isinstance(part, Fp8)]
+    if len(fp8) == len(parts) and all(p.group == fp8[0].group and takes(p) for p in fp8):
+        # Bytes, as torch stacks no e4m3 on every device.
+        weight = torch.stack([part.weight.view(torch.uint8) for part in fp8])
+        scale = torch.stack([part.scale.float().t() for part in fp8]).contiguous()
+        return _Stacked(weight.view(torch.float8_e4m3fn), scale, fp8[0].group)
+    plain = [p.weight if isinstance(p, Dense) else p.dequantize() for p in parts]
+    return _Stacked(torch.stack([weight.to(dtype) for weight in plain]), None, into)
