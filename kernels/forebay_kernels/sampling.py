@@ -47,6 +47,8 @@ class Wants(IntFlag):
 
 #: Whatever a row may ask for.
 ANYTHING = ~Wants(0)
+#: What takes mark keys.
+MARKS = Wants.GREEN_LIST | Wants.MARKED_NOISE
 
 
 class Setting(IntEnum):

@@ -23,6 +23,7 @@ from forebay_engine.runner import Runner
 from forebay_engine.sequence import SamplingParams
 from forebay_engine.step import Row, StepPlan
 from forebay_engine.tokenizer import Tokenizer
+from forebay_engine.watermark import Watermark
 from forebay_engine.wire import Done, Event, Failed, Generate, Output
 from forebay_kernels import dispatch
 from forebay_kernels.sampling import Drawn
@@ -112,6 +113,10 @@ DRAWS = {
         min_tokens=12,
         max_tokens=12,
     ),
+    "green": replace(DRAWN, watermark=Watermark(key=b"k" * 32, context=2)),
+    "marked noise": replace(
+        DRAWN, watermark=Watermark(scheme="gumbel", key=b"k" * 32, context=1), presence_penalty=0.1
+    ),
     "masked": replace(DRAWN, allowed_token_ids=tuple(range(5, 90))),
     "typical": replace(DRAWN, typical_p=0.7),
 }
@@ -121,6 +126,8 @@ CASES = [
     ("llama", "small chunks", "typical"),
     ("gemma3", "preempted", "drawn"),
     ("gemma3", "no prefix cache", "greedy"),
+    ("gemma3", "small chunks", "marked noise"),
+    ("llama", "preempted", "green"),
     ("qwen3", "small chunks", "masked"),
 ]
 

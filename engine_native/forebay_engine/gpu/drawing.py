@@ -14,7 +14,7 @@ from forebay_engine.gpu.layout import Samples, Sections
 from forebay_engine.gpu.sampling import mask
 from forebay_engine.gpu.table import RequestTable
 from forebay_kernels import SamplingRows
-from forebay_kernels.sampling import MOST_MARK_KEYS, Wants
+from forebay_kernels.sampling import MARKS, MOST_MARK_KEYS, Wants
 
 #: Of rows that draw with a guide, what may come: by ``seq_id``, ``[1 + guesses, vocab]`` bool.
 Allowed = Future[Mapping[int, Tensor]]
@@ -27,7 +27,8 @@ class Drawing:
         device = table.words.device
         self._table, self._vocab = table, vocab
         self._nothing = torch.zeros(most, dtype=torch.int32, device=device)
-        self._no_keys = torch.zeros((most, MOST_MARK_KEYS), dtype=torch.int64, device=device)
+        self._mark_keys = torch.zeros((most, MOST_MARK_KEYS), dtype=torch.int64, device=device)
+        self._mark_counts = torch.zeros(most, dtype=torch.int32, device=device)
         self._no_masks = torch.zeros((1, -(-vocab // 32)), dtype=torch.int32, device=device)
 
     def begin(self, sections: Sections) -> None:
@@ -54,9 +55,11 @@ class Drawing:
             guessed=self._nothing[:count],
             mask_lines=sections.sample_masks,
             masks=self._masks(samples, allowed) if samples.masked else self._no_masks,
-            mark_keys=self._no_keys[:count],
-            mark_counts=self._nothing[:count],
+            mark_keys=self._mark_keys[:count],
+            mark_counts=self._mark_counts[:count],
         )
+        if asked & MARKS:
+            kernels.mark_keys(rows)
         tokens = kernels.sample(logits, rows, asked).tokens
         kernels.remember(
             tokens,

@@ -41,6 +41,7 @@ from forebay_engine.memory import KV_BYTES
 from forebay_engine.scoring import score_prompts
 from forebay_engine.sequence import SamplingParams
 from forebay_engine.step import Row, Sampled, StepPlan, StepResult
+from forebay_engine.watermark import Watermark
 from forebay_kernels import PagedBatch
 from forebay_kernels.sampling import Wants
 
@@ -94,7 +95,7 @@ class DeviceRunner:
             longest=longest,
             vocab=self.vocab_size,
             eos_token_ids=self.eos_token_ids,
-            counts=not self._speculates,
+            looks_back=not self._speculates,
             device=device,
         )
         self._inputs = StepInputs(self._table, windows, self.block_size, tokens)
@@ -167,9 +168,11 @@ class DeviceRunner:
     def _rehearse(self) -> None:
         """Run steps of each kind, so that no request waits for a kernel to be compiled."""
         greedy = SamplingParams(temperature=0.0)
-        asking = SamplingParams(top_k=2, presence_penalty=0.5, logprobs=1)
+        limited, penalised = SamplingParams(top_k=2), SamplingParams(presence_penalty=0.5)
+        mark = Watermark(key=bytes(32))
+        asking = replace(penalised, top_k=2, logprobs=1, watermark=mark)
         pages = ((0, 0),) * len(self.cache_groups)
-        for sampling in (greedy, asking):
+        for sampling in (greedy, limited, penalised, asking):
             for rows, count in ((1, 1), (16, 1), (self._most_recorded, 1), (1, 2)):
                 row = Row(0, (0,) * count, 0, count, pages, True, sampling, count)
                 self.execute(StepPlan(tuple(replace(row, seq_id=-1 - id) for id in range(rows))))

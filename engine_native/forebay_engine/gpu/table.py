@@ -12,14 +12,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from forebay_engine.gpu.sampling import edits, num_edits, on_device, settings, wants
+from forebay_engine.gpu.sampling import edits, mark_state, num_edits, on_device, settings, wants
 from forebay_engine.sequence import SamplingParams
 from forebay_engine.step import Row
 from forebay_kernels import SamplingTable
-from forebay_kernels.sampling import SETTINGS, Wants
+from forebay_kernels.sampling import MARKS, SETTINGS, Wants
 
 #: Tokens whose logits a request may change on the device; who changes more is drawn by the host.
 EDITS = 32
+#: What looks at the tokens before a place.
+_BACKWARDS = Wants.PENALTIES | MARKS
 
 
 @dataclass(slots=True)
@@ -31,9 +33,8 @@ class Place:
     pages: list[int]
     #: The parameters that it knows.
     sampling: SamplingParams | None = None
-    #: The device can draw with them; it counts tokens.
+    #: The device can draw with them.
     draws: bool = False
-    counts: bool = False
     #: What the device is asked for beyond a temperature: ``Wants``, whose own sums are slow.
     asked: int = 0
     #: The last step drew a token for it.
@@ -66,24 +67,25 @@ class RequestTable:
         longest: int,
         vocab: int,
         eos_token_ids: frozenset[int],
-        counts: bool,
+        looks_back: bool,
         device: torch.device,
     ) -> None:
         """
         :param pages: of a sequence in each group, at most; ``longest``: tokens.
-        :param counts: penalties are the device's affair. Where some steps verify guesses they are
-            not, as the table has drawn tokens only.
+        :param looks_back: penalties and watermarks are the device's affair. Where some steps verify
+            guesses they are not, as the table has drawn tokens only.
         """
         self.size = places
         #: What padded rows stand for; it may hold anything.
         self.nobody = places
-        self._eos, self._counts = eos_token_ids, counts
+        self._eos, self._looks_back = eos_token_ids, looks_back
         self._pages, self._longest, self._groups = pages + -pages % 4, longest, groups
         sizes = {
             "last": 1,
             "counted": 1,
             "settings": SETTINGS,
             "edits": 3 * EDITS,
+            "mark_states": 16,
             "tables": groups * self._pages,
             "tokens": longest,
         }
@@ -106,17 +108,17 @@ class RequestTable:
             tokens=parts["tokens"],
             counts=torch.zeros((places + 1, vocab), dtype=torch.int32, device=device),
             counted=parts["counted"].squeeze(1),
+            mark_states=parts["mark_states"].view(places + 1, 8, 2),
         )
         self._places: dict[int, Place] = {}
         self._free = list(range(places - 1, -1, -1))
 
     def draws(self, params: SamplingParams) -> bool:
-        """Whether the device can draw as asked; a watermark's keys are made on the host."""
+        """Whether the device can draw as asked."""
         return (
-            params.watermark is None
-            and on_device(params)
+            on_device(params)
             and num_edits(params, self._eos) <= EDITS
-            and (self._counts or Wants.PENALTIES not in wants(params))
+            and (self._looks_back or not wants(params) & _BACKWARDS)
         )
 
     def enter(self, rows: Items[Row]) -> tuple[list[Place], Changes]:
@@ -165,19 +167,22 @@ class RequestTable:
     def _tell_sampling(self, place: Place, row: Row, changes: Changes) -> None:
         params, number = row.sampling, place.number
         place.sampling, place.draws = params, self.draws(params)
-        place.asked, place.counts = 0, False
+        place.asked = 0
         if not place.draws:
             return
         line = settings(params, row.num_prompt).tolist()
         asked = Wants(line[0])
         place.asked = int(asked & ~Wants.LOGPROB)  # log-probabilities are computed apart
-        place.counts = Wants.PENALTIES in asked
         changes.add(self._first["settings"] + number * SETTINGS, line)
         if Wants.EDITS in asked:
             words = edits(params, row.num_prompt, self._eos, EDITS).flatten().tolist()
             changes.add(self._first["edits"] + number * 3 * EDITS, words)
-        if place.counts:
+        if params.watermark is not None:
+            state = mark_state(params.watermark).flatten().tolist()
+            changes.add(self._first["mark_states"] + number * len(state), state)
+        if Wants.PENALTIES in asked:
             changes.add(self._first["counted"] + number, [0])
             changes.cleared.append(number)
+        if asked & _BACKWARDS:
             known = row.token_ids[: self._longest]
             changes.add(self._first["tokens"] + number * self._longest, known)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from forebay_kernels.sampling import SamplingRows, Setting, Wants
+from forebay_kernels.sampling import MARKS, SamplingRows, Setting, Wants
 
 #: Words that a state begins with.
 IV = (
@@ -69,7 +69,7 @@ def mark_keys(rows: SamplingRows) -> None:
     table = rows.table
     for row, request in enumerate(rows.requests.tolist()):
         wants = Wants(0) if request < 0 else Wants(int(table.settings[request, Setting.WANTS]))
-        if not wants & (Wants.GREEN_LIST | Wants.MARKED_NOISE):
+        if not wants & MARKS:
             continue
         size = int(table.settings[request, Setting.MARK_CONTEXT])
         start = int(table.settings[request, Setting.NUM_PROMPT])
