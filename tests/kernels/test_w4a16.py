@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from forebay_kernels.gpu import w4a16
 from forebay_kernels.gpu.packed import PANEL, PackedMatrix, packed
+from forebay_kernels.gpu.tuning import choose
 from forebay_kernels.gpu.unpacking import unpacking
 from forebay_kernels.gpu.w4a16 import MOST_TOKENS, PackedLinear, launch, layout
 from forebay_kernels.matrix import GroupedInt8, Int4, Int8, Matrix, pack_int4
@@ -84,10 +86,14 @@ def values(matrix: PackedMatrix) -> Tensor:
     return wide * matrix.scale.double()[group, :out].T * matrix.factor
 
 
+def by_one_program(kernel: str, device: torch.device, **shape: int) -> dict[str, int]:
+    return choose(kernel, device, **shape) | {"splits": 1}
+
+
 #: How many, and whether there is a bias, for each of ``DTYPES``.
 TOKENS = [((3, False), (17, True)), ((1, True), (16, False), (33, True))]
 #: Outputs and inputs that are no multiples of panels and tiles, every group, a single one of 20.
-SHAPES = [(130, 192, 64), (33, 384, 128), (5, 96, 32), (40, 80, 16), (3, 20, 20)]
+SHAPES = [(130, 192, 64), (33, 384, 128), (5, 96, 32), (40, 80, 16), (3, 20, 20), (9, 384, 192)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -109,11 +115,19 @@ def test_the_layout_keeps_every_value(
     + [(DTYPES[1], kind, *shape) for kind in ("int4", "codebook") for shape in SHAPES[1:4]],
 )
 def test_products(
-    dtype: torch.dtype, kind: str, out: int, into: int, group: int, device: torch.device
+    dtype: torch.dtype,
+    kind: str,
+    out: int,
+    into: int,
+    group: int,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Where there is a bias, by as many programs as there are tiles; else all by one."""
     matrix, bias = quantized(kind, out, into, group, dtype), random(out, seed=4).to(dtype)
     wide = matrix.dequantize().double()
     for tokens, biased in TOKENS[dtype == torch.float16]:
+        monkeypatch.setattr(w4a16, "choose", choose if biased else by_one_program)
         layer = to_linear(matrix, bias if biased else None, dtype, device)
         # A view of a wider tensor whose other columns are NaN.
         rows = torch.full((tokens, into + 3), float("nan"), dtype=dtype)
@@ -152,12 +166,12 @@ def test_shares_of_the_inputs_are_added_up_in_their_order(device: torch.device) 
 
 
 def test_a_panel_may_begin_beyond_32_bits(device: torch.device) -> None:
-    """Virtual memory: only what is touched exists."""
-    matrix = quantized("int4", 200, 128, 64, torch.float16)
+    """The third, twice a stride of 31 bits on (virtual memory: only what is touched exists)."""
+    matrix = quantized("int4", 300, 128, 64, torch.float16)
     layer, x = to_linear(matrix, None, torch.float16, device), random(2, 128).half().to(device)
     want, words = layer(x), layer.matrix.words
-    far = (1 << 31) + 128
-    apart = torch.empty(far + words[0].numel(), dtype=torch.int16, device=device)
+    far = (1 << 30) + 128
+    apart = torch.empty(2 * far + words[0].numel(), dtype=torch.int16, device=device)
     apart = apart.as_strided(words.shape, (far, *words.stride()[1:]))
     apart.copy_(words)
     object.__setattr__(layer.matrix, "words", apart)
