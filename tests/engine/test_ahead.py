@@ -13,12 +13,14 @@ from random import Random
 from typing import Any
 
 import pytest
+import torch
 
-from decoding import tiny_runner
 from forebay_engine.cache import CacheGroup
 from forebay_engine.config import EngineConfig
 from forebay_engine.costs import StepCosts
 from forebay_engine.engine import Engine
+from forebay_engine.gpu.runner import DeviceRunner
+from forebay_engine.runner import Runner
 from forebay_engine.scheduler import Scheduler
 from forebay_engine.sequence import FinishReason, SamplingParams, Sequence
 from forebay_engine.step import Row, Sampled, StepPlan, StepResult
@@ -330,14 +332,21 @@ async def test_no_answer_depends_on_running_ahead(seed: int) -> None:
 
 
 async def test_a_model_gives_the_same_tokens_ahead(tiny_checkpoint: Callable[[str], Path]) -> None:
+    """Of a runner that computes as late as it can, and of the one for devices."""
     folder = tiny_checkpoint("gemma3")
-    runner = tiny_runner(folder, num_blocks=12, max_model_len=64)
+    settings = {"num_blocks": 12, "block_size": 8, "max_model_len": 64, "dtype": "float32"}
+    config = EngineConfig(model=str(folder), threads=1, max_sequences=6, **settings)  # type: ignore[arg-type] # by keyword
+    runner = Runner(config)
+    runner.warm_up()
+    device = DeviceRunner(config, device=torch.device("cpu"), recorder=None, memory=None)
+    device.warm_up()
     requests = crowd(1, 16, list(range(5, 380)))
     one, _ = await babble(runner, requests, str(folder))
     late = LateRunner(runner)
-    other, counters = await babble(late, requests, str(folder))
-    both = one.keys() & other.keys()
-    assert len(both) > 9
-    assert {number: one[number] for number in both} == {number: other[number] for number in both}
-    assert counters.preempted > 0
+    for ahead in (late, device):
+        other, counters = await babble(ahead, requests, str(folder))
+        both = one.keys() & other.keys()
+        assert len(both) > 9
+        assert {n: one[n] for n in both} == {n: other[n] for n in both}
+        assert counters.preempted > 0
     assert late.unknown > 50
