@@ -197,10 +197,23 @@ def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, device: torch.devic
 def job(
     heads: int, kv_heads: int, dim: int, tokens: int, *, fp8: bool = False, **constants: Any
 ) -> dict[str, Any]:
-    """The kernel with the table's settings, rows shared, pages of 32."""
+    """The kernel with the table's settings, short rows shared, pages of 32."""
     group = heads // kv_heads
-    chosen = choose("prefill_attention", torch.device("cpu"), dim=dim, queries=tokens * group)
-    absent = dict.fromkeys(("sinks", *(() if fp8 else ("key_scale", "value_scale"))))
+    chosen = choose(
+        "prefill_attention",
+        torch.device("cpu"),
+        dim=dim,
+        queries=tokens * group,
+        bits=8 if fp8 else 16,
+        softcap=0,
+    )
+    absent = dict.fromkeys(
+        (
+            "sinks",
+            *(() if fp8 else ("key_scale", "value_scale")),
+            *(() if tokens < 16 else ("partial", "highest", "total", "spans")),
+        )
+    )
     return {
         "kernel": "forebay_kernels.gpu.prefill_attention:_prefill_kernel",
         "types": {

@@ -296,7 +296,14 @@ def prefill_attention(
     group = heads // kv_heads
     first = batch.num_decodes
     longest = max(batch.query_len(row) for row in range(first, batch.num_rows))
-    chosen = choose("prefill_attention", query.device, dim=dim, queries=longest * group)
+    chosen = choose(
+        "prefill_attention",
+        query.device,
+        dim=dim,
+        queries=longest * group,
+        bits=8 * keys.element_size(),
+        softcap=int(softcap is not None),
+    )
     plan = plan_prefill(batch, kv_heads, group, window, chosen)
     parts = _scratch(plan, heads, dim, query.device) if plan.runs else None
     _prefill_kernel[(plan.programs * kv_heads,)](
