@@ -294,6 +294,17 @@ def test_the_distribution_is_the_one_that_was_asked_for(device: torch.device) ->
     )
 
 
+def test_rows_may_begin_further_off_than_32_bits_reach(device: torch.device) -> None:
+    rows, logits = make_rows(device, 3), make_logits(device, 3).bfloat16()
+    ask(rows.table, 0, {Setting.WANTS: Wants.TRUNCATION | Wants.LOGPROB, Setting.TOP_K: 2})
+    space = torch.empty((1 << 31) + VOCAB, dtype=torch.bfloat16, device=device)
+    apart = space.as_strided((3, VOCAB), (1 << 30, 1))  # of the space between nothing is touched
+    apart.copy_(logits)
+    want, got = reference.sample(logits, rows), sampling.sample(apart, rows)
+    assert got.tokens.tolist() == want.tokens.tolist()
+    torch.testing.assert_close(got.totals, want.totals, equal_nan=True)
+
+
 def test_what_does_not_fit_together_is_refused(device: torch.device) -> None:
     rows, logits = make_rows(device, 2), make_logits(device, 2)
     with pytest.raises(ValueError, match="logits have 1 rows, requests 2"):
