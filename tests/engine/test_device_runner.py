@@ -250,6 +250,51 @@ def test_pages_of_another_time_are_not_read(
     assert moved.sampled[0].token_id == expected[7]
 
 
+def test_what_a_failed_step_told_is_told_again(
+    llama: tuple[Runner, DeviceRunner, CheckingRecorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, runner, _ = llama
+    prompt = [2, 8, 9, 4, 6, 5, 7]
+    plan = StepPlan((decode(5, prompt, 0, [23, 24], count=7),))
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner._inputs, "send", fail)
+        with pytest.raises(RuntimeError, match="lost"):
+            runner.execute(plan)
+    assert runner.execute(plan).sampled[0].token_id == alone(plain, prompt)[7]
+
+
+def test_counts_begin_anew_with_a_sequence(
+    llama: tuple[Runner, DeviceRunner, CheckingRecorder],
+) -> None:
+    _, runner, _ = llama
+    runner._table.sampling.counts.fill_(7)
+    sampling = replace(GREEDY, presence_penalty=0.5)
+    runner.execute(StepPlan((decode(6, [2, 8], 0, [25], count=2, sampling=sampling),)))
+    lines = (runner._table.sampling.counts == 0).all(1)
+    assert lines.tolist().count(True) == 1
+
+
+def test_what_a_graph_would_not_follow_is_seen() -> None:
+    static = torch.zeros(4)
+    changing: dict[str, Any] = {"number": 2.0, "tensor": torch.ones(4)}
+    steps: dict[str, Callable[[], Any]] = {
+        "number": lambda: static.mul_(changing["number"]),
+        "tensor": lambda: static.add_(changing["tensor"]),
+    }
+    for name, step in steps.items():
+        replay = CheckingRecorder().record(step)
+        replay()
+        changing[name] = changing[name] + 1
+        with pytest.raises(AssertionError, match=r"recorded .* but replayed"):
+            replay()
+    with pytest.raises(AssertionError, match="a recorded step must not call"):
+        CheckingRecorder().record(lambda: static.sum().item())
+
+
 def test_more_changes_than_one_copy_takes_are_told_as_well(
     llama: tuple[Runner, DeviceRunner, CheckingRecorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
