@@ -118,15 +118,14 @@ def paged_attention(
     sinks: Tensor | None = None,  # [heads]
     key_scale: Tensor | None = None,  # [kv_heads] float32
     value_scale: Tensor | None = None,  # [kv_heads] float32
-    first_row: int = 0,
 ) -> None:
-    """Write the attention of rows from ``first_row`` on to ``out``; others are left alone."""
-    if batch.replayed and first_row < batch.num_rows:
+    """Write the attention of all rows to ``out``."""
+    if batch.replayed:
         raise ValueError("lengths must be known to the host: this attention can't be replayed")
-    plan: list[Gather] | None = batch.memo.get((window, first_row))
+    plan: list[Gather] | None = batch.memo.get(("gathers", window))
     if plan is None:
-        plan = plan_gathers(batch, keys, window, first_row)
-        batch.memo[window, first_row] = plan
+        plan = plan_gathers(batch, keys, window)
+        batch.memo["gathers", window] = plan
     tokens, heads, dim = query.shape
     kv_heads = keys.shape[0]
     grouped = query.view(tokens, kv_heads, heads // kv_heads, dim)

@@ -51,17 +51,15 @@ class Gather:
         return found[:, :, self.slots]
 
 
-def plan_gathers(
-    batch: PagedBatch, cache: Tensor, window: int | None, first_row: int = 0
-) -> list[Gather]:
-    """The gathers of rows from ``first_row`` on for layers with this window.
+def plan_gathers(batch: PagedBatch, cache: Tensor, window: int | None) -> list[Gather]:
+    """The gathers of all rows for layers with this window.
 
     ``cache`` (keys or values) gives the shape, the item size and the device.
     """
     heads, _, block_size, dim = cache.shape
     page_bytes = heads * block_size * dim * cache.element_size()
-    spans = [_Span.of(batch, row, block_size, window) for row in range(first_row, batch.num_rows)]
-    decodes = max(0, batch.num_decodes - first_row)
+    spans = [_Span.of(batch, row, block_size, window) for row in range(batch.num_rows)]
+    decodes = batch.num_decodes
     limit = max(1, GATHER_BYTES // page_bytes)
     groups = _alike([span for span in spans[:decodes] if span.length], limit)
     device = cache.device

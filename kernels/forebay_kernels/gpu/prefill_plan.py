@@ -44,12 +44,12 @@ class Plan:
     items: Tensor | None  # [programs, 6] int32
     #: Shares of each row that is shared.
     splits: int
-    #: What is to be joined; together they have ``places`` tokens.
+    #: What is to be joined; they end at ``places``.
     runs: tuple[Run, ...]
 
     @property
     def places(self) -> int:
-        return sum(run.tokens for run in self.runs)
+        return self.runs[-1].place + self.runs[-1].tokens if self.runs else 0
 
 
 def plan_prefill(
@@ -120,10 +120,13 @@ def _weighed(
         token, count = batch.query_starts[row], batch.query_len(row)
         place = -1
         if row in shared:
-            place = runs[-1].place + runs[-1].tokens if runs else 0
-            if runs and runs[-1].token + runs[-1].tokens == token:
-                runs[-1] = Run(runs[-1].token, runs[-1].tokens + count, runs[-1].place)
+            last = runs[-1] if runs else Run(0, 0, 0)
+            place = last.place + last.tokens
+            if runs and last.token + last.tokens == token:
+                runs[-1] = Run(last.token, last.tokens + count, last.place)
             else:
+                # Two places are 16 bytes of spans: Triton compiles anew for pointers that are not.
+                place += place % 2
                 runs.append(Run(token, count, place))
         shares = 1 if place < 0 else splits
         items += [
