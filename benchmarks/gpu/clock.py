@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forebay_engine.gpu.graphs import CudaRecorder
+
 #: More than a GPU's second cache holds (60 MB on an H200): written between two runs, so that each
 #: finds its input in memory, as a layer does whose turn comes after all the others.
 _FLUSH = 256 << 20
@@ -18,12 +20,13 @@ _WARM_UPS, _RUNS = 3, 20
 
 
 def seconds(run: Callable[[], object], device: torch.device, runs: int = _RUNS) -> float:
-    """The median of some runs."""
+    """The median of some runs, each a replay: of short ones Python's launches would be a part."""
     if device.type != "cuda":
         begin = time.perf_counter()
         run()
         return time.perf_counter() - begin
     flush = torch.empty(_FLUSH, dtype=torch.int8, device=device)
+    run = CudaRecorder(device).record(run)
     for _ in range(_WARM_UPS):
         run()
     marks = []

@@ -164,22 +164,31 @@ def _about(best: Any) -> str:
 
 def _kernel(topic: str, best: Any, device: Any, small: bool) -> list[Any]:
     from clock import seconds
+    from rows import Row
 
     found = []
     for case in importlib.import_module(topic).cases(device, small):
-        error = _error(case)
-        took = seconds(case.run, device)
+        try:
+            error = _error(case)
+            took = seconds(case.run, device)
+        except Exception as failure:  # noqa: BLE001 - the others are to be measured all the same
+            said = (str(failure) or repr(failure)).splitlines()[0]
+            found.append(Row(case.name, None, "", note=f"**failed: {said[:200]}**"))
+            continue
         least = best.least(case.bytes, case.flops, case.unit)
         by_memory = case.bytes / best.copy >= least
-        found.append(_kernel_row(case, took, by_memory, least, error))
+        # Triton's interpreter cuts FP8 off instead of rounding it.
+        wrong = not error <= case.tolerance * (3.0 if small else 1.0)
+        found.append(_kernel_row(case, took, by_memory, least, error, wrong))
     return found
 
 
-def _kernel_row(case: Any, took: float, by_memory: bool, least: float, error: float) -> Any:
+def _kernel_row(
+    case: Any, took: float, by_memory: bool, least: float, error: float, wrong: bool
+) -> Any:
     from rows import Row
 
     amount, unit = (case.bytes / 1e9, "GB/s") if by_memory else (case.flops / 1e12, "TFLOP/s")
-    wrong = error > case.tolerance or error != error
     note = f"{1e6 * took:,.1f} us, off by {error:.1e}" + (" **WRONG**" if wrong else "")
     bound = amount / least
     goal = None if case.goal is None else case.goal * bound

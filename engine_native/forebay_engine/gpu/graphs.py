@@ -19,7 +19,7 @@ Replay = Callable[[], object]
 class Recorder(Protocol):
     """Makes replays of ``step``, which may be run several times before."""
 
-    def record(self, step: Callable[[], None]) -> Replay:
+    def record(self, step: Callable[[], object]) -> Replay:
         """``step`` takes no input but what lies in tensors that outlive the replay, and leaves its
         output in such tensors."""
         ...
@@ -36,7 +36,7 @@ class CudaRecorder:
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
-    def record(self, step: Callable[[], None]) -> Replay:
+    def record(self, step: Callable[[], object]) -> Replay:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for _ in range(self._WARM_UPS):
