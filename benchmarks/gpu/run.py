@@ -24,7 +24,16 @@ from typing import Any
 
 HERE = Path(__file__).parent
 #: Modules with ``cases``.
-KERNELS = ("decode_attention", "prefill_attention", "fused", "sampling", "w4a16", "fp8", "moe")
+KERNELS = (
+    "decode_attention",
+    "prefill_attention",
+    "fused",
+    "sampling",
+    "w4a16",
+    "fp8",
+    "moe",
+    "step_inputs",
+)
 _ENGINE = "engine: "
 #: Compared with on the model of the first setup.
 _PEERS = ("transformers", "vllm")
