@@ -97,7 +97,6 @@ def test_greedy_and_drawn_rows(
         ask(rows.table, request, {Setting.TEMPERATURE: temperature})
     rows.requests[1] = -1
     logits = make_logits(device, 5, 1030).to(dtype)
-    logits[1] = math.nan  # padding is not read
     logits[0, 1020:] = logits[0].max()  # of equals the first
     logits[2] = -99.0  # less than what a cap makes of what lies past the end
     for asked in (ANYTHING, Wants(0)):
@@ -150,9 +149,11 @@ def test_each_change_of_logits(device: torch.device) -> None:
     for row, request in enumerate(requests):
         ask(table, request, asked[row])
         table.tokens[request, 3:7] = torch.tensor([likely[row][0]] * 2 + likely[row][:2]).int()
-        ids = sorted(likely[row][:3])
-        line = [[*ids, *[NO_EDIT] * 5], [*bits(-math.inf, 1.5, -math.inf), *[0] * 5],
-                [ALWAYS, 13, 12, *[0] * 5]]  # fmt: skip
+        # The likeliest is not banned any more, the next is banned, the third is still favoured.
+        made = sorted(zip(likely[row], (-math.inf, -math.inf, 1.5), (12, ALWAYS, 13), strict=False))
+        ids, values, until = zip(*made, strict=True)
+        rest = [0] * 5
+        line = [[*ids, *[NO_EDIT] * 5], [*bits(*values), *rest], [*until, *rest]]
         table.edits[request] = torch.tensor(line, dtype=torch.int32)
         rows.mark_keys[row, :3] = torch.tensor([-(1 << 61), 5, (1 << 62) + 12345])
         rows.mark_counts[row] = 3
@@ -212,12 +213,12 @@ def test_rows_of_one_request_see_its_guesses(device: torch.device) -> None:
     logits = make_logits(device, 3)
     asked = {
         Setting.WANTS: Wants.PENALTIES, Setting.FREQUENCY: 1.0, Setting.PRESENCE: 0.5,
-        Setting.REPETITION: 1.3,
+        Setting.REPETITION: 1.3, Setting.TEMPERATURE: 0.0,
     }  # fmt: skip
     for each in (whole, rows):
         ask(each.table, 0, asked)
         each.table.tokens[0, :12] = logits.topk(12).indices[0].int()
-        each.table.tokens[0, 8:12] = logits.argmax(1)[[0, 0, 1, 2]].int()
+        each.table.tokens[0, 8:11] = logits.argmax(1).int()
     rows.requests[:] = 0
     rows.positions[:] = torch.tensor([9, 10, 11])
     rows.guessed[:] = torch.tensor([0, 1, 2])
