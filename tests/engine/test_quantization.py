@@ -287,6 +287,8 @@ def test_fp8_is_within_half_a_step_of_each_channel(dtype: torch.dtype) -> None:
     step = torch.maximum(wide.abs() / 16, matrix.scale.double() * 2.0**-10)
     assert ((found - wide).abs() <= step * 1.0001).all()
     assert (found.abs().amax(1) >= 0.9999 * wide.abs().amax(1)).all()
+    # The largest value of each channel is the largest that there is.
+    assert matrix.weight.float().abs().amax(1).tolist() == [448.0, 448.0, 0.0, 448.0, 448.0]
 
 
 def test_int4_is_better_than_the_whole_range_and_keeps_flat_groups() -> None:
