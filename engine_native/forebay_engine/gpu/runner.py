@@ -176,6 +176,13 @@ class DeviceRunner:
             for rows, count in ((1, 1), (16, 1), (self._most_recorded, 1), (1, 2)):
                 row = Row(0, (0,) * count, 0, count, pages, True, sampling, count)
                 self.execute(StepPlan(tuple(replace(row, seq_id=-1 - id) for id in range(rows))))
+        decode = Row(-1, (0,), 0, 1, pages, True, greedy, 1)
+        for count in (16, min(self._inputs.most_tokens, self.max_model_len) - 1):
+            for end in (count, self.max_model_len):  # at the beginning, and behind a long prefix
+                tables = ((0,) * -(-end // self.block_size),) * len(self.cache_groups)
+                chunk = Row(-2, (0,) * end, end - count, count, tables, True, greedy, end)
+                for plan in (StepPlan((chunk,)), StepPlan((decode, chunk))):
+                    self.execute(plan)
 
     def _launch(self, rows: tuple[Row, ...]) -> LaunchedStep:
         for row in rows:
