@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-
-from litestar.types import ASGIApp
+from typing import TYPE_CHECKING
 
 from forebay.access import Access
 from forebay.admission import Admission
@@ -16,8 +15,6 @@ from forebay.config import Config
 from forebay.dispatch import Dispatch
 from forebay.fleet import Fleet
 from forebay.health import Health
-from forebay.http.admin import build_admin_app
-from forebay.http.data import build_data_app
 from forebay.loader import Registry
 from forebay.prefix_index import PrefixIndex
 from forebay.recorder import Recorder
@@ -28,9 +25,16 @@ from forebay.telemetry.observers import Observers
 from forebay.telemetry.tracing import Tracing
 from forebay.transport import connect
 
+if TYPE_CHECKING:
+    from litestar.types import ASGIApp
+
 
 class App:
     """Everything, put together. ``start`` begins the work, ``aclose`` ends it."""
+
+    #: There once it has been started.
+    data_asgi: ASGIApp
+    admin_asgi: ASGIApp
 
     def __init__(self, config: Config, registry: Registry, base_dir: Path = Path()) -> None:
         self.config = config
@@ -53,20 +57,26 @@ class App:
         self.metrics.watch_observers(self._observers.failures, self._observers.dropped)
         recorder = Recorder(self.metrics, self.decisions, self._observers)
         router = Router(self.fleet, routes, index)
-        dispatch = Dispatch(config.models, self.admission, router, index, recorder)
-        self.data_asgi: ASGIApp = build_data_app(
-            dispatch, Access(config.keys), config.limits, self._tracing, registry.middleware
-        )
-        self.admin_asgi: ASGIApp = build_admin_app(
-            self.fleet,
-            self.metrics,
-            self.decisions,
-            registry.report,
-            lambda: self.draining,
-        )
+        self._registry = registry
+        self._dispatch = Dispatch(config.models, self.admission, router, index, recorder)
 
     async def start(self) -> None:
+        """Start the backends, and build what speaks HTTP while they do."""
         await self.fleet.start()
+        await asyncio.to_thread(self._build_surfaces)
+
+    def _build_surfaces(self) -> None:
+        # Imported here: Litestar takes 0.3 s, in which an engine's process gets as far as we do.
+        from forebay.http.admin import build_admin_app
+        from forebay.http.data import build_data_app
+
+        config, registry = self.config, self._registry
+        self.data_asgi = build_data_app(
+            self._dispatch, Access(config.keys), config.limits, self._tracing, registry.middleware
+        )
+        self.admin_asgi = build_admin_app(
+            self.fleet, self.metrics, self.decisions, registry.report, lambda: self.draining
+        )
 
     async def aclose(self) -> None:
         await self.fleet.aclose()

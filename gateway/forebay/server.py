@@ -8,16 +8,19 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 import uvicorn
-from litestar.types import ASGIApp
 
 from forebay.api import ConfigError
 from forebay.app import App, create_app
 from forebay.config import Admin, Config, Listen
 from forebay.loader import Registry
 from forebay.telemetry import logs
+
+if TYPE_CHECKING:
+    from litestar.types import ASGIApp
 
 log = structlog.get_logger("forebay")
 

@@ -29,7 +29,7 @@ from forebay.config import Config
 from forebay.config_file import build
 from forebay.conformance.talk import Talk
 from forebay.registry import Registry
-from forebay.server import listener
+from forebay.server import Listener, listener
 from forebay.transport import connect
 
 __all__ = ["BACKEND", "SERVED", "Stage", "Subject", "staged"]
@@ -175,10 +175,11 @@ def _keys(settings: Mapping[str, Any]) -> dict[str, str]:
 async def _listening(app: App) -> AsyncIterator[tuple[str, str]]:
     """The URLs of data and admin port."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
-    servers = [listener(asgi, 1.0) for asgi in (app.data_asgi, app.admin_asgi)]
+    servers: list[Listener] = []
     serving: list[asyncio.Task[None]] = []
     try:
         await app.start()
+        servers += [listener(asgi, 1.0) for asgi in (app.data_asgi, app.admin_asgi)]
         serving += [
             asyncio.create_task(server.serve(sockets=[bound]))
             for server, bound in zip(servers, sockets, strict=True)
