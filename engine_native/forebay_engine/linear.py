@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import BoundedSemaphore
+from threading import Condition
 
 import torch
 from torch import Tensor
@@ -17,8 +17,28 @@ Product = Callable[[Tensor], Tensor]
 
 #: Lays out weights while others are read, and while the tokenizer is.
 _packer = ThreadPoolExecutor(1, "forebay-pack")
-#: Matrices that wait for it at most: until then each has two copies.
-_waiting = BoundedSemaphore(8)
+
+
+class Backlog:
+    """Bytes of matrices that wait to be laid out; until then each has two copies."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._bytes = most, 0
+        self._changed = Condition()
+
+    def enter(self, amount: int) -> None:
+        """Wait until there is room; what is too large for all of it comes in alone."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._bytes or self._bytes + amount <= self._most)
+            self._bytes += amount
+
+    def leave(self, amount: int) -> None:
+        with self._changed:
+            self._bytes -= amount
+            self._changed.notify_all()
+
+
+_backlog = Backlog(768 << 20)
 
 
 class Linear:
@@ -33,9 +53,10 @@ class Linear:
         self._product: Product = self._settle
         self._packing: Future[None] | None = None
         if isinstance(matrix, Dense) and matrix.weight.is_cpu:
-            _waiting.acquire()
+            amount = matrix.weight.nbytes
+            _backlog.enter(amount)
             self._packing = _packer.submit(self._pack, matrix.weight.dtype)
-            self._packing.add_done_callback(lambda done: _waiting.release())
+            self._packing.add_done_callback(lambda done: _backlog.leave(amount))
         elif isinstance(matrix, Dense):
             self._pack(matrix.weight.dtype)
 

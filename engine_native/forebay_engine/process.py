@@ -174,7 +174,6 @@ async def _work(
         runner.block_size,
     )
     # What is there by now stays, and a collection that went through all of it takes 0.1 s.
-    gc.collect()
     gc.freeze()
     server.open(engine, config)
     await engine.run()

@@ -44,9 +44,10 @@ def test_what_fails_in_the_background_is_told_by_the_first_product(
         layer(torch.randn(3, 5))
 
 
-def test_few_matrices_wait_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_bytes_wait_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     may_pack, product = threading.Event(), linear._product
     monkeypatch.setattr(linear, "_product", lambda *a: may_pack.wait(10) and product(*a))
+    monkeypatch.setattr(linear, "_backlog", linear.Backlog(8 * 4 * 4 * 4))
     made: list[Linear] = []
 
     def make() -> None:
@@ -61,3 +62,10 @@ def test_few_matrices_wait_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     making.join()
     x = torch.randn(2, 4)
     assert all(torch.equal(layer(x), x) for layer in made)
+
+
+def test_what_is_larger_than_the_backlog_comes_in_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_backlog", linear.Backlog(10))
+    x = torch.randn(2, 4)
+    for layer in [Linear(Dense(torch.eye(4))) for _ in range(3)]:
+        assert torch.equal(layer(x), x)
