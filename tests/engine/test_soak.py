@@ -136,7 +136,10 @@ class Soak:
         await asyncio.gather(*(crowd() for _ in range(CROWD)))
 
     async def visit(self) -> None:
-        kind = self.random.choices(list(MIX), [share for share, _ in MIX.values()])[0]
+        # Each kind once: of 120 requests chance alone would now and then leave one out.
+        missing = [kind for kind in MIX if kind not in self.kinds]
+        shares = [share for share, _ in MIX.values()]
+        kind = missing[0] if missing else self.random.choices(list(MIX), shares)[0]
         self.kinds[kind] += 1
         request = MIX[kind][1](self.random)
         manner = self.random.random()
