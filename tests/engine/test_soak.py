@@ -32,6 +32,7 @@ from forebay_engine.client import (
     RequestRefused,
     SamplingParams,
     Status,
+    Watermark,
 )
 from forebay_engine.wire import GuideKind, GuideSpec, frame
 
@@ -65,6 +66,20 @@ def guided(random: Random) -> Generate:
     return ask(tokens(random, 1, 9), params, guide=GuideSpec(kind, source), seed=5)
 
 
+def marked(random: Random) -> Generate:
+    params = sampling(random, temperature=1.0)
+    return ask(
+        random.choice(SHARED), params, watermark=random.choice(MARKS), seed=random.choice((1, 2))
+    )
+
+
+#: Of each scheme and manner of seeding; True: the usual one.
+MARKS: list[Watermark | bool] = [
+    True,
+    Watermark(seeding="lefthash", context=1),
+    Watermark(scheme="gumbel"),
+]
+
 GUIDES: list[tuple[GuideKind, str]] = [
     ("regex", "[a-z]{2,8}( [0-9]+)*"),
     ("choice", '["water", "wheel", "shaft"]'),
@@ -92,7 +107,21 @@ MIX: dict[str, tuple[int, Callable[[Random], Generate]]] = {
     ),
     "seeded": (2, lambda r: ask(SHARED[0], sampling(r, temperature=0.8, top_p=0.9), seed=3)),
     "random": (2, lambda r: ask(tokens(r, 1, 9), sampling(r, temperature=1.3, top_k=40))),
+    "likely enough": (1, lambda r: ask(tokens(r, 1, 9), sampling(r, temperature=1.0, min_p=0.05))),
+    "typical": (1, lambda r: ask(SHARED[1], sampling(r, temperature=1.0, typical_p=0.7), seed=4)),
+    "biased": (
+        1,
+        lambda r: ask(
+            tokens(r, 1, 9), sampling(r, logit_bias={r.randrange(5, 380): 4.0, 9: -100.0})
+        ),
+    ),
+    "allowed": (
+        1,
+        lambda r: ask(tokens(r, 1, 9), sampling(r, allowed_token_ids=tuple(range(20, 40)))),
+    ),
+    "watermark": (2, marked),
     "penalties": (1, lambda r: ask(tokens(r, 1, 9), sampling(r, repetition_penalty=1.2))),
+    "prompt logprobs": (1, lambda r: ask(r.choice(SHARED), sampling(r, prompt_logprobs=2))),
     "logprobs": (1, lambda r: ask(tokens(r, 1, 9), sampling(r, logprobs=5))),
     "stop string": (2, lambda r: ask(tokens(r, 1, 9), sampling(r, stop=("e", "th", "zz")))),
     "stop token": (
@@ -168,7 +197,9 @@ class Soak:
                     takes -= 1
                     if takes < 0:
                         return "left"
-        except RequestRefused:
+        except RequestRefused as refusal:
+            if refusal.param not in ("prompt", "max_tokens"):
+                raise  # only what is too long may be
             return "refused"
         except DeadlinePassed:
             return "out of time"
@@ -235,9 +266,12 @@ async def soak(folder: Path, count: int, mode: str) -> dict[str, object]:
 
     :param mode: of speculation; or ``ahead``.
     """
+    key = folder / "watermark.key"
+    key.write_text("known to the soak alone")
     config = EngineConfig(
         model=str(folder),
         dtype="float32",
+        watermark_key_file=str(key),
         block_size=8,
         num_blocks=40,
         max_model_len=256,
