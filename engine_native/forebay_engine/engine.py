@@ -111,7 +111,7 @@ class Engine:
         if not self.generates:
             raise RequestRefused("this model gives embeddings only", "model")
         submitted = time.monotonic()
-        prompts, sampling = await asyncio.to_thread(self._encoder.settle, command)
+        prompts, sampling, shown = await asyncio.to_thread(self._encoder.settle, command)
         refuse_priority(command.priority)
         samplings = [self._sampling(command, sampling, prompt) for prompt in prompts]
         grammar = await self._grammars.get(command.guide) if command.guide is not None else None
@@ -119,7 +119,7 @@ class Engine:
         for prompt, sampling in zip(prompts, samplings, strict=True):
             self._add(request, prompt, sampling, grammar)
         request.open = len(request.choices)
-        emit(Accepted(command.id, request.prompt_tokens))
+        emit(Accepted(command.id, request.prompt_tokens, shown))
         self._work.set()
         return request
 
@@ -198,7 +198,8 @@ class Engine:
         for sequence, drawn in progress:
             choice = self._choices.get(sequence.id)
             if choice is not None:
-                self.metrics.tokens(choice, len(drawn), now)
+                if drawn:
+                    self.metrics.tokens(choice, len(drawn), now)
                 self._advance_or_fail(choice, drawn)
         self._pooler.take(outcome.result.pooled)
         self._failed_steps = self._failed_steps + 1 if outcome.nothing else 0
@@ -311,7 +312,7 @@ class Engine:
     def _advance(self, choice: Choice, drawn: list[Sampled]) -> None:
         """Take a choice's next tokens, and send what text is certain by now."""
         sequence = choice.sequence
-        if drawn[-1].token_id == NO_TOKEN:
+        if drawn and drawn[-1].token_id == NO_TOKEN:
             failure = sequence.guide.failure if sequence.guide is not None else None
             self._fail(choice.request, "refused", failure or _NOTHING_ALLOWED)
             return

@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from forebay_engine.chat import ChatTemplate
+from forebay_engine.detokenizer import Detokenizer
 from forebay_engine.errors import RequestRefused
 from forebay_engine.sequence import SamplingParams
 from forebay_engine.tokenizer import Tokenizer
 from forebay_engine.watermark import Marks
-from forebay_engine.wire import Detokenize, Generate, Tokenize
+from forebay_engine.wire import Detokenize, Generate, Prompt, Tokenize
 
 #: Each costs a name and a number for every token sent.
 MAX_LOGPROBS = 20
@@ -33,13 +34,15 @@ class PromptEncoder:
         self._template = template
         self._vocab_size = vocab_size
 
-    def settle(self, command: Generate) -> tuple[list[list[int]], SamplingParams]:
-        """A valid command's prompts and sampling. Slow for long texts: call it in a thread.
+    def settle(self, command: Generate) -> tuple[list[list[int]], SamplingParams, list[Prompt]]:
+        """A valid command's prompts and sampling, and for ``echo`` the prompts as they stand.
+
+        Slow for long texts: call it in a thread.
 
         :raises RequestRefused: naming the field that is wrong.
         """
-        sampling = self.sampling(command)
-        return self.encode(command), sampling
+        sampling, prompts = self.sampling(command), self.encode(command)
+        return prompts, sampling, self._shown(command, prompts) if command.echo else []
 
     def encode(self, command: Generate) -> list[list[int]]:
         """Token ids of each prompt of a valid command.
@@ -53,6 +56,23 @@ class PromptEncoder:
         if not command.prompts:
             raise RequestRefused("there is no prompt", "prompt")
         return [self._prompt(prompt, "prompt") for prompt in command.prompts]
+
+    def _shown(self, command: Generate, prompts: Sequence[list[int]]) -> list[Prompt]:
+        """:raises RequestRefused: it has messages, of which the client never sees the template."""
+        if command.messages is not None:
+            raise RequestRefused("a chat has no prompt to repeat", "echo")
+        return [self._as_it_stands(*pair) for pair in zip(command.prompts, prompts, strict=True)]
+
+    def _as_it_stands(self, prompt: str | list[int], ids: list[int]) -> Prompt:
+        tokens = list(map(self._tokenizer.token_text, ids))
+        if isinstance(prompt, str):
+            return Prompt(prompt, tokens, self._tokenizer.offsets(prompt))
+        pieces = Detokenizer(self._tokenizer.spell, ())
+        text, offsets = "", []
+        for token_id in ids:
+            offsets.append(len(text))
+            text += pieces.push(token_id)
+        return Prompt(text, tokens, offsets)
 
     def sampling(self, command: Generate) -> SamplingParams:
         """The command's sampling, checked, with its bad words as tokens, and its mark.

@@ -129,8 +129,8 @@ class Scheduler:
         """Refuse what could not be served even with the whole cache to itself."""
         if prompt < 1:
             raise RequestRefused("the prompt is empty: at least one token is needed", "prompt")
-        if max_tokens < 1:
-            raise RequestRefused(f"max_tokens is {max_tokens}; it must be at least 1", "max_tokens")
+        if max_tokens < 0:
+            raise RequestRefused(f"max_tokens is {max_tokens}; it must be at least 0", "max_tokens")
         total = prompt + max_tokens
         if total > self._max_model_len:
             raise RequestRefused(
@@ -138,8 +138,8 @@ class Scheduler:
                 f"{prompt} of prompt and {max_tokens} of max_tokens; shorten one of them",
                 "prompt" if prompt >= self._max_model_len else "max_tokens",
             )
-        # The last token is drawn but never computed.
-        lacking = self.cache.lacking(total - 1, self._chunk)
+        # The last token, if it is drawn, is never computed.
+        lacking = self.cache.lacking(max(prompt, total - 1), self._chunk)
         if lacking is not None:
             needed, there = lacking
             raise RequestRefused(
@@ -205,7 +205,7 @@ class Scheduler:
     def apply(
         self, result: StepResult, failed: Collection[int] = ()
     ) -> list[tuple[Sequence, list[Sampled]]]:
-        """Take the oldest step's result; the sequences that got tokens, ended or not.
+        """Take the oldest step's result; the sequences that got tokens, or ended without any.
 
         The rows of ``failed`` sequences, which are no part of the result, end here.
 
@@ -237,9 +237,11 @@ class Scheduler:
                 self.counters.count_guesses(sequence, len(row.draft), len(drawn) - 1)
             if row.sample:
                 progress.append((sequence, self._append(sequence, drawn)))
-            elif row.pooling is not None and sequence.num_computed == len(sequence.token_ids):
-                sequence.finish_reason = FinishReason.STOP
+            elif not sequence.draws and sequence.num_computed == len(sequence.token_ids):
+                scored = sequence.pooling is None
+                sequence.finish_reason = FinishReason.LENGTH if scored else FinishReason.STOP
                 self.counters.finished += 1
+                progress.append((sequence, []))
             if sequence.num_computed >= entry.pages.due:
                 self.cache.advance(entry.pages, sequence.token_ids, sequence.num_computed)
             if sequence.finish_reason is not None:
@@ -342,7 +344,7 @@ def _row(entry: Entry, count: int) -> Row:
         start,
         count,
         entry.pages.tables,
-        start + count == len(tokens) + entry.unknown and sequence.pooling is None,
+        start + count == len(tokens) + entry.unknown and sequence.draws,
         sequence.sampling,
         len(sequence.prompt_ids),
         (),

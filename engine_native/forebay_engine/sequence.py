@@ -29,6 +29,7 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How the next token is drawn; the neutral value of each field leaves the logits alone."""
 
+    #: 0: nothing is drawn, as where the prompt alone is to be scored.
     max_tokens: int = 16
     min_tokens: int = 0
     #: 0: greedy.
@@ -110,6 +111,11 @@ class Sequence:
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)
         self.most_tokens = len(self.prompt_ids) + self.sampling.max_tokens
+
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are wanted of it; without, it ends with its prompt."""
+        return self.pooling is None and self.sampling.max_tokens > 0
 
     @property
     def num_output(self) -> int:

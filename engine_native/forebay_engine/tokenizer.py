@@ -69,6 +69,23 @@ class Tokenizer:
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=special)
         return list(encoding.ids)
 
+    def offsets(self, text: str) -> list[int]:
+        """Where in a text each of its tokens begins, in characters, those added around it as well.
+
+        A token that stands for no character of its own, as ``<bos>`` or the second half of one,
+        begins where the next one does.
+        """
+        (encoding,) = self._backend.encode_batch([text])
+        begins, end = [], 0
+        for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            start = max(start, end)
+            # Byte-level tokenizers leave the space before a word out of its span.
+            name = self.token_text(token_id)
+            spaces = len(name) - len(name.lstrip())
+            begins.append(start - min(start - end, spaces))
+            end = max(end, stop)
+        return begins
+
     def decode(self, ids: Items[int]) -> str:
         """The text of tokens, special ones left out."""
         return self._backend.decode(list(ids), skip_special_tokens=True)

@@ -64,6 +64,8 @@ class Generate(Struct, frozen=True, kw_only=True, tag="generate"):
     watermark: Watermark | bool | None = None
     #: Only requests of the same salt share cached prefixes.
     salt: str = ""
+    #: ``Accepted`` tells the prompts as they stand.
+    echo: bool = False
     #: W3C trace context of the span under which the engine's spans belong; empty: none.
     traceparent: str = ""
 
@@ -104,11 +106,22 @@ class GetStatus(Struct, frozen=True, tag="get_status"):
     id: int
 
 
-class Accepted(Struct, frozen=True, tag="accepted"):
+class Prompt(Struct, frozen=True, array_like=True):
+    """A prompt as it stands before an answer."""
+
+    text: str
+    #: Their texts, and where in the prompt's text each begins, in characters.
+    tokens: list[str]
+    offsets: list[int]
+
+
+class Accepted(Struct, frozen=True, tag="accepted", omit_defaults=True):
     """The request is valid and queued."""
 
     id: int
     prompt_tokens: int
+    #: Those of a request with ``echo``.
+    prompts: list[Prompt] = []
 
 
 class Logprob(Struct, frozen=True, array_like=True):

@@ -126,6 +126,8 @@ class Backend:
             return f"takes text only, and no part of type {part!r}"
         if (unknown := _unknown(request, able)) is not None:
             return f"does not know the field {unknown!r}"
+        if _scores_alone(request) and not able.scoring:
+            return "cannot score a prompt without an answer (`max_tokens: 0`)"
         if 0 < able.max_choices < request.choices // max(1, len(request.prompts)):
             return f"gives at most {able.max_choices} choices of a prompt"
         return self._unproven(request, able)
@@ -141,6 +143,10 @@ class Backend:
             if question in findings and findings[question].verdict == "fails":
                 return f"was found not to {words}"
         return BEING_EXAMINED if any(need[0] in pending for need in needed) else None
+
+
+def _scores_alone(request: Request) -> bool:
+    return isinstance(request, GenerateRequest) and request.sampling.max_tokens == 0
 
 
 def _unknown(request: Request, able: Capabilities) -> str | None:

@@ -218,7 +218,8 @@ class _Examinee:
         answer = await self._ask(_PROMPT, sampling, logprobs=field)
         if not answer.logprobs:
             return Finding("fails" if answer.text else "unknown", "none came")
-        if all(math.isfinite(found.logprob) for found in answer.logprobs):
+        known = [found.logprob for found in answer.logprobs if found.logprob is not None]
+        if len(known) == len(answer.logprobs) and all(map(math.isfinite, known)):
             return Finding("holds")
         return Finding("fails", "they are not all finite")
 

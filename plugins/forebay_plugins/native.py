@@ -62,9 +62,16 @@ from forebay_engine.client import (
     Status,
     Tokenize,
 )
+from forebay_plugins.native_echo import Echo
 from forebay_plugins.native_guide import guide_of
 from forebay_plugins.native_load import load_of
-from forebay_plugins.native_request import FIELDS, generate_command, message_fields, unsupported
+from forebay_plugins.native_request import (
+    FIELDS,
+    generate_command,
+    message_fields,
+    prompt_logprobs,
+    unsupported,
+)
 from forebay_plugins.openai_errors import code_of
 
 
@@ -141,12 +148,15 @@ class NativeAdapter(Adapter):
 
     async def stream(self, request: GenerateRequest, attempt: Attempt) -> AsyncGenerator[Event]:
         command = generate_command(request, attempt)
+        echo = Echo(request, prompt_logprobs(request)) if request.echo else None
         started = False
         try:
             async with aclosing(self._engine().generate(command)) as events:
                 async for event in events:
                     started = True
-                    yield _event(event, Path(self._settings.path).name)
+                    found = _event(event, Path(self._settings.path).name)
+                    for one in echo.pieces(event, found) if echo is not None else (found,):
+                        yield one
         except RequestRefused as error:
             raise _refusal(error, request) from error
         except DeadlinePassed as error:
@@ -221,6 +231,7 @@ class NativeAdapter(Adapter):
             endpoints=_endpoints(status),
             schema=True,
             logprobs=True,
+            scoring=True,
             extra_fields=False,
             fields=FIELDS,
             max_context=status.max_model_len,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from forebay.api import Attempt, BackendLacks, BackendRefused, GenerateRequest, Message, Sampling
+from forebay.api import Attempt, BackendLacks, BackendRefused, GenerateRequest, Message
 from forebay_engine.client import Generate, SamplingParams, Watermark
 from forebay_plugins.native_guide import GUIDE_FIELDS, guide_of
 
@@ -70,14 +70,12 @@ def generate_command(request: GenerateRequest, attempt: Attempt) -> Generate:
     guide = guide_of(request)
     _refuse_lacking(request, guided=guide is not None)
     further = _further(request)
-    if request.stream and further.prompt_logprobs is not None:
-        raise unsupported("prompt_logprobs in a stream; ask without stream", "prompt_logprobs")
     chat = request.endpoint == "chat"
     return Generate(
         messages=[message_fields(message) for message in request.messages] if chat else None,
         prompts=[p if isinstance(p, str) else list(p) for p in request.prompts],
         n=request.n,
-        sampling=_sampling(request.sampling, further),
+        sampling=_sampling(request, further),
         guide=guide[1] if guide is not None else None,
         fill_context=chat and request.sampling.max_tokens is None,
         seed=request.sampling.seed,
@@ -86,13 +84,13 @@ def generate_command(request: GenerateRequest, attempt: Attempt) -> Generate:
         priority=further.priority,
         timeout=attempt.timeouts.total or None,
         salt=request.identity.tenant,
+        echo=request.echo,
         traceparent=attempt.headers.get("traceparent", ""),
     )
 
 
 def _refuse_lacking(request: GenerateRequest, *, guided: bool) -> None:
     reasons = [
-        (request.echo, "echo", "echo of the prompt"),
         (request.needs_tools, "tools", "tool calls"),
         (request.needs_schema and not guided, "response_format", "this form of answers"),
         (request.needs_multimodal, "messages", "messages with parts other than text"),
@@ -101,6 +99,11 @@ def _refuse_lacking(request: GenerateRequest, *, guided: bool) -> None:
     for applies, param, what in reasons:
         if applies:
             raise unsupported(what, param)
+
+
+def prompt_logprobs(request: GenerateRequest) -> int | None:
+    """So many of the likeliest tokens at each place of the prompt as the field asks for."""
+    return _further(request).prompt_logprobs
 
 
 def _further(request: GenerateRequest) -> Fields:
@@ -136,8 +139,10 @@ def message_fields(message: Message) -> dict[str, Any]:
     return found
 
 
-def _sampling(sampling: Sampling, further: Fields) -> SamplingParams:
+def _sampling(request: GenerateRequest, further: Fields) -> SamplingParams:
     """What the client left open takes the engine's neutral value."""
+    sampling = request.sampling
+    scored = [further.prompt_logprobs, sampling.logprobs if request.echo else None]
     asked = {
         "max_tokens": sampling.max_tokens,
         "temperature": sampling.temperature,
@@ -159,7 +164,7 @@ def _sampling(sampling: Sampling, further: Fields) -> SamplingParams:
         logit_bias=further.logit_bias,
         allowed_token_ids=further.allowed_token_ids,
         typical_p=further.typical_p,
-        prompt_logprobs=further.prompt_logprobs,
+        prompt_logprobs=max((n for n in scored if n is not None), default=None),
         min_tokens=sampling.min_tokens,
         ignore_eos=sampling.ignore_eos,
     )

@@ -101,6 +101,7 @@ class VllmAdapter(OpenAIServer):
             tools=self.settings.tools,
             schema=True,
             logprobs=True,
+            scoring=True,
             multimodal=self.settings.multimodal,
             max_context=max((card.max_model_len or 0 for card in cards), default=0),
             slots=self.settings.slots,

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from forebay_engine.detokenizer import Detokenizer, StopStrings
 from forebay_engine.tokenizer import Tokenizer as EngineTokenizer
@@ -152,3 +152,34 @@ def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
     assert filter.push("a <b> </e") == ("a <b> ", False)
     assert filter.push("m>") == ("</em>", False)
     assert filter.push("x</end>y") == ("x", True)
+
+
+def spaces_outside_spans() -> Tokenizer:
+    """As of Llama 3: a ``<bos>``, and spans that leave out the spaces around words."""
+    bytes_ = byte_level()
+    merges = [("a", "b"), ("Ġ", "ab"), ("c", "."), ("Ċ", "Ċ"), ("c.", "ĊĊ")]
+    vocab = bytes_.get_vocab() | {"".join(pair): 256 + i for i, pair in enumerate(merges)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer, tokenizer.decoder = bytes_.pre_tokenizer, bytes_.decoder
+    tokenizer.add_special_tokens(["<bos>"])
+    begin = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
+    )
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(), begin])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text", "offsets"),
+    [
+        (spaces_outside_spans(), "ab abc.\n\n ab", [0, 0, 2, 5, 9]),
+        (spaces_outside_spans(), "é ab", [0, 0, 1, 1]),
+        (byte_level(), "a 😀b", [0, 1, 2, 3, 3, 3, 3]),
+        # The space that the tokenizer puts before a text has the first letter's place.
+        (byte_fallback(), "ab é", [0, 1, 1, 2, 3]),
+    ],
+)
+def test_where_each_token_of_a_prompt_begins(
+    tokenizer: Tokenizer, text: str, offsets: list[int]
+) -> None:
+    assert EngineTokenizer(tokenizer).offsets(text) == offsets

@@ -44,7 +44,9 @@ def expected(folder: Path) -> torch.Tensor:
     return logits.log_softmax(-1)[:-1]  # type: ignore[no-any-return] # transformers is untyped
 
 
-async def ask(engine: Engine, n: int = 1, prompt: list[int] = PROMPT) -> list[Output]:
+async def ask(
+    engine: Engine, n: int = 1, prompt: list[int] = PROMPT, sampling: SamplingParams = SAMPLING
+) -> list[Output]:
     found: list[Output] = []
     ended = asyncio.Event()
 
@@ -54,7 +56,7 @@ async def ask(engine: Engine, n: int = 1, prompt: list[int] = PROMPT) -> list[Ou
         if isinstance(event, Done):
             ended.set()
 
-    await engine.submit(Generate(prompts=[prompt], n=n, sampling=SAMPLING), emit)
+    await engine.submit(Generate(prompts=[prompt], n=n, sampling=sampling), emit)
     await ended.wait()
     return found
 
@@ -110,6 +112,24 @@ async def test_a_prompt_that_lost_its_place_is_scored_again_and_sent_once(
     same(first.prompt_logprobs, expected)
     assert not any(piece.prompt_logprobs for piece in others)
     assert engine.scheduler.counters.preempted > 0
+    stepping.cancel()
+    await asyncio.gather(stepping, return_exceptions=True)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+async def test_a_prompt_is_scored_without_an_answer(
+    folder: Path, expected: torch.Tensor, cut: str
+) -> None:
+    config = EngineConfig(model=str(folder), dtype="float32", kv_cache_bytes=4 << 20, threads=1)
+    config = replace(config, max_model_len=len(PROMPT), **CUTS[cut])  # it fills the context
+    engine = Engine(Runner(config), Tokenizer.from_folder(folder), None, config)
+    stepping = asyncio.create_task(engine.run())
+    for _ in range(2):
+        (only,) = await ask(engine, sampling=replace(SAMPLING, max_tokens=0))
+        same(only.prompt_logprobs, expected)
+        assert (only.text, only.token_ids, only.finish_reason) == ("", [], "length")
+    assert engine.scheduler.counters.generated_tokens == 0
+    assert engine.scheduler.cache.in_use == 0
     stepping.cancel()
     await asyncio.gather(stepping, return_exceptions=True)
 

@@ -71,9 +71,10 @@ def test_salts_keep_tenants_apart() -> None:
     ("prompt", "max_tokens", "param", "sentence"),
     [
         (0, 1, "prompt", "empty"),
-        (3, 0, "max_tokens", "at least 1"),
+        (3, -1, "max_tokens", "at least 0"),
         (60, 41, "max_tokens", "holds 100 tokens, but 101 .* 60 of prompt and 41"),
         (100, 1, "prompt", "holds 100 tokens"),
+        (17, 0, "max_tokens", "need 9 blocks of 2 tokens, but the KV cache has 8"),
         (10, 8, "max_tokens", "need 9 blocks of 2 tokens, but the KV cache has 8"),
     ],
 )
@@ -85,6 +86,25 @@ def test_what_can_never_fit_is_refused_with_the_arithmetic(
         scheduler.add(make_sequence(0, [1] * prompt, max_tokens=max_tokens))
     assert refusal.value.param == param
     assert scheduler.plan() is None
+
+
+@pytest.mark.parametrize("prompt", [1, 5, 16])
+def test_without_an_answer_a_prompt_is_computed_and_nothing_drawn(prompt: int) -> None:
+    scheduler, runner = make_scheduler(), ShadowRunner(2)
+    sequence = make_sequence(0, list(range(1, prompt + 1)), max_tokens=0)
+    scheduler.add(sequence)
+    *steps, last = [
+        (plan, scheduler.apply(runner.execute(plan))) for plan in iter(scheduler.plan, None)
+    ]
+    assert not any(progress for _, progress in steps)
+    assert last[1] == [(sequence, [])]
+    rows = [row for plan, _ in [*steps, last] for row in plan.rows]
+    assert not any(row.sample for row in rows)
+    assert sum(row.count for row in rows) == sequence.num_computed == prompt
+    assert sequence.finish_reason is FinishReason.LENGTH
+    assert (scheduler.counters.finished, scheduler.counters.generated_tokens) == (1, 0)
+    assert scheduler.cache.in_use == 0
+    scheduler.check()
 
 
 def test_the_largest_request_that_fits_the_cache_is_served() -> None:

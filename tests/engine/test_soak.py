@@ -122,6 +122,7 @@ MIX: dict[str, tuple[int, Callable[[Random], Generate]]] = {
     "watermark": (2, marked),
     "penalties": (1, lambda r: ask(tokens(r, 1, 9), sampling(r, repetition_penalty=1.2))),
     "prompt logprobs": (1, lambda r: ask(r.choice(SHARED), sampling(r, prompt_logprobs=2))),
+    "scored": (1, lambda r: ask(tokens(r, 1, 60), sampling(r, max_tokens=0, prompt_logprobs=0))),
     "logprobs": (1, lambda r: ask(tokens(r, 1, 9), sampling(r, logprobs=5))),
     "stop string": (2, lambda r: ask(tokens(r, 1, 9), sampling(r, stop=("e", "th", "zz")))),
     "stop token": (

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 
+import msgspec
 import openai
 import pytest
 
@@ -143,6 +144,50 @@ async def test_logprobs_in_both_dialects(serve_gateway) -> None:
     assert logprobs["top_logprobs"][0] == {"ab": -0.5, "c": -1.0}
 
 
+async def test_a_prompts_logprobs_stand_where_its_text_does(serve_gateway) -> None:
+    prompt = (TokenLogprob("<b>", None, (), 0), TokenLogprob("ab", -1.0, (("c", -0.5),), 0))
+
+    async def script(request: GenerateRequest, attempt: Attempt) -> AsyncIterator[Event]:
+        yield Started()
+        yield Delta(text="abx", logprobs=(*prompt, TokenLogprob("x", -0.25, (), 2)))
+        yield Delta(text="yz", logprobs=(TokenLogprob("y", -0.5),))
+        yield Delta(logprobs=(TokenLogprob("z", -0.5),), finish_reason="length")
+        yield Finished(Usage(2, 3))
+
+    gateway = await serve_gateway(config())
+    gateway.scripted["a"].script = script
+    body = {"model": "m", "prompt": "ab", "echo": True, "logprobs": 1}
+    async with gateway.client() as client:
+        whole = (await client.post("/v1/completions", json=body)).json()["choices"][0]
+        stream = events((await client.post("/v1/completions", json={**body, "stream": True})).text)
+    assert whole["text"] == "abxyz"
+    expected = {
+        "tokens": ["<b>", "ab", "x", "y", "z"],
+        "token_logprobs": [None, -1.0, -0.25, -0.5, -0.5],
+        "top_logprobs": [None, {"c": -0.5}, None, None, None],
+        "text_offset": [0, 0, 2, 3, 4],
+    }
+    assert whole["logprobs"] == expected
+    parts = [event["choices"][0]["logprobs"] for event in stream]
+    assert {name: [one for part in parts for one in part[name]] for name in expected} == expected
+
+
+async def test_no_tokens_are_asked_for_with_echo_only_and_of_those_who_score(serve_gateway) -> None:
+    gateway = await serve_gateway(config())
+    body = {"model": "m", "prompt": "ab", "echo": True, "max_tokens": 0}
+    async with gateway.client() as client:
+        answer = await client.post("/v1/completions", json={**body, "echo": False})
+        assert answer.json()["error"]["param"] == "max_tokens"
+        answer = await client.post("/v1/completions", json=body)
+        assert answer.status_code == 400
+        assert "(`max_tokens: 0`)" in answer.json()["error"]["message"]
+        able = gateway.app.fleet.backends["a"]
+        able.capabilities = msgspec.structs.replace(able.capabilities, scoring=True)
+        assert (await client.post("/v1/completions", json=body)).status_code == 200
+    (asked,) = gateway.scripted["a"].requests
+    assert asked.sampling.max_tokens == 0
+
+
 async def test_token_ids_come_to_those_who_ask(serve_gateway) -> None:
     async def script(request: GenerateRequest, attempt: Attempt) -> AsyncIterator[Event]:
         yield Started()
@@ -181,6 +226,11 @@ async def test_what_was_likely_in_the_prompt_is_a_member_of_its_choice(serve_gat
     async with gateway.client() as client:
         body = {**CHAT, "prompt_logprobs": 1}
         whole = (await client.post("/v1/chat/completions", json=body)).json()
+        body = {**body, "stream": True}
+        stream = events((await client.post("/v1/chat/completions", json=body)).text)
+    _, first, second = (event["choices"][0] for event in stream)  # the role comes before
+    assert first["prompt_logprobs"] == whole["choices"][0]["prompt_logprobs"]
+    assert "prompt_logprobs" not in second
     assert whole["choices"][0]["prompt_logprobs"] == [
         None,
         {

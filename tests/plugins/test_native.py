@@ -278,12 +278,24 @@ async def test_the_engines_own_fields_are_understood() -> None:
         )
 
 
-def test_prompt_logprobs_are_for_whole_answers() -> None:
+async def test_echo_repeats_texts_as_they_came_and_tokens_as_texts() -> None:
+    ids = (2, 44, 77)
+    async with native() as adapter:
+        for prompts, texts in ((("Hi", "é"), ("Hi", "é")), ((ids,), ("<bos>Hi",))):
+            request = msgspec.structs.replace(
+                completion("", max_tokens=2), prompts=prompts, echo=True, n=2
+            )
+            events = await collect(adapter, request)
+            for index in range(2 * len(prompts)):
+                said = "".join(e.text for e in events if isinstance(e, Delta) and e.index == index)
+                assert said.startswith(texts[index // 2])
+
+
+def test_prompt_logprobs_are_for_streams_as_well() -> None:
     request = with_fields(completion("a"), prompt_logprobs=3)
-    assert generate_command(request, Attempt()).sampling.prompt_logprobs == 3
-    with pytest.raises(BackendLacks, match="without stream") as refusal:
-        generate_command(msgspec.structs.replace(request, stream=True), Attempt())
-    assert refusal.value.param == "prompt_logprobs"
+    for stream in (False, True):
+        asked = msgspec.structs.replace(request, stream=stream)
+        assert generate_command(asked, Attempt()).sampling.prompt_logprobs == 3
 
 
 def test_each_further_field_has_its_place_in_the_command() -> None:
@@ -366,7 +378,6 @@ async def test_a_further_field_of_another_type_is_refused_by_name(
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"echo": True}, "echo"),
         ({"needs_tools": True}, "tools"),
         ({"needs_schema": True}, "response_format"),
         ({"needs_multimodal": True}, "messages"),
@@ -387,6 +398,7 @@ async def test_a_probe_tells_what_it_can_do() -> None:
         capabilities = await adapter.probe()
         assert {capabilities.tools, capabilities.multimodal} == {False}
         assert capabilities.schema
+        assert capabilities.scoring
         assert not capabilities.extra_fields
         assert {"stop_token_ids", "guided_json", "structured_outputs"} <= capabilities.fields
         assert (capabilities.max_context, capabilities.slots) == (256, 64)

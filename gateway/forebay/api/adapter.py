@@ -93,6 +93,8 @@ class Capabilities(Struct, frozen=True, kw_only=True):
     stop: bool = True
     #: Choices of one prompt (``n``) that it gives; 0: any number, or not known.
     max_choices: int = 0
+    #: Answers ``echo`` with ``max_tokens`` 0: the prompt with its log probabilities, and no more.
+    scoring: bool = False
     #: Of further fields (``GenerateRequest.extra``), those that it takes if not all of them.
     fields: frozenset[str] = frozenset()
 

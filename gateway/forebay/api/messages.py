@@ -87,6 +87,7 @@ class Message(Struct, frozen=True, kw_only=True):
 class Sampling(Struct, frozen=True, kw_only=True):
     """What the client asked for. ``None`` means: not said, the backend's default applies."""
 
+    #: 0: the prompt alone is wanted; only with ``echo``, of backends with ``scoring``.
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -211,9 +212,12 @@ class Timings(Struct, frozen=True):
 
 class TokenLogprob(Struct, frozen=True):
     token: str
-    logprob: float
+    #: None: of a prompt's first token, as ``echo`` repeats it.
+    logprob: float | None
     #: The likeliest tokens at this place with their logprobs, best first.
     top: tuple[tuple[str, float], ...] = ()
+    #: Where it begins in the choice's text, in characters; None: behind the token before it.
+    offset: int | None = None
 
 
 class PromptLogprob(Struct, frozen=True):

@@ -251,8 +251,9 @@ def _common(parsed: Any, limits: Limits, logprobs: int | None, choices: int) -> 
     n = parsed.n if parsed.n is not None else 1
     if n < 1 or choices > limits.n:
         raise RequestError(f"at most {limits.n} choices are allowed, at least 1", param="n")
-    if parsed.max_tokens is not None and not 1 <= parsed.max_tokens <= limits.max_tokens:
-        raise RequestError(f"must be from 1 to {limits.max_tokens}", param="max_tokens")
+    least = 0 if getattr(parsed, "echo", False) else 1
+    if parsed.max_tokens is not None and not least <= parsed.max_tokens <= limits.max_tokens:
+        raise RequestError(f"must be from {least} to {limits.max_tokens}", param="max_tokens")
     options = parsed.stream_options
     if options is not None and not parsed.stream:
         raise RequestError("is only allowed with `stream: true`", param="stream_options")

@@ -140,10 +140,14 @@ class ChunkEncoder:
             choice["text"] = delta.text
             if delta.logprobs:
                 offset = self._offsets.get(delta.index, 0)
-                choice["logprobs"] = completion_logprobs(delta.logprobs, offset)
-                self._offsets[delta.index] = offset + sum(len(t.token) for t in delta.logprobs)
+                logprobs = completion_logprobs(delta.logprobs, offset)
+                self._offsets[delta.index] = logprobs["text_offset"][-1] + len(
+                    logprobs["tokens"][-1]
+                )
+                choice["logprobs"] = logprobs
         if self._token_ids:
             choice["token_ids"] = delta.token_ids
+        choice |= _prompt_logprobs((delta,))
         return roles + self._chunk(choice)
 
     def usage(self, usage: Usage | None) -> bytes:
@@ -303,7 +307,7 @@ def chat_logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any]:
     }
 
 
-def _token(token: str, logprob: float) -> dict[str, Any]:
+def _token(token: str, logprob: float | None) -> dict[str, Any]:
     return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
 
 
@@ -311,6 +315,7 @@ def completion_logprobs(entries: Sequence[TokenLogprob], offset: int) -> dict[st
     """``logprobs`` of a completions choice; ``offset`` in characters from the answer's begin."""
     offsets = []
     for entry in entries:
+        offset = offset if entry.offset is None else entry.offset
         offsets.append(offset)
         offset += len(entry.token)
     return {
