@@ -16,8 +16,8 @@ from forebay.examiner import Examiner
 
 log = structlog.get_logger("forebay.fleet")
 
-#: Probes within a probe interval: a loading backend is asked 20 times, one that is gone 5 times.
-_HASTE = {"healthy": 1, "starting": 20}
+#: Probes within a probe interval: a loading backend is asked 50 times, one that is gone 5 times.
+_HASTE = {"healthy": 1, "starting": 50}
 
 
 class Fleet:
