@@ -75,13 +75,20 @@ def weight_bytes(
     or rounded, while tokens are looked up in the first. On a GPU there is one only if it is
     rounded, float16 stays as it is, and FP8 takes a byte.
     """
-    if (folder / "model.gguf").is_file():
-        tensors = _gguf_header(folder / "model.gguf")
-    else:
-        tensors = [item for path in folder.glob("*.safetensors") for item in _header(path)]
+    tensors = _tensors(folder)
     if all(name != _HEAD for name, _ in tensors) and not (on_gpu and quantization == "none"):
         tensors += [(_HEAD, tensor) for name, tensor in tensors if name.endswith(_EMBEDDINGS)]
     return sum(_bytes(name, tensor, dtype, quantization, on_gpu) for name, tensor in tensors)
+
+
+def laid_out_bytes(config: EngineConfig) -> int:
+    """Of what a processor's kernels lay out anew: all but the embeddings, which are looked up."""
+    found = 0
+    for folder in filter(None, (config.model, config.draft_model)):
+        read = [item for item in _tensors(Path(folder)) if item[0].endswith(_EMBEDDINGS)]
+        found += folder_bytes(config, folder, on_gpu=False)
+        found -= sum(_bytes(*item, config.dtype, config.quantization, False) for item in read)
+    return found
 
 
 def available_bytes() -> int | None:
@@ -103,6 +110,13 @@ def _group_bytes(group: Path) -> int | None:
     cache = re.search(r"^inactive_file (\d+)", stat.read_text(), re.MULTILINE)
     used = int((group / "memory.current").read_text())
     return int(most) - used + (int(cache[1]) if cache else 0)
+
+
+def _tensors(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Names, types and shapes in a folder's safetensors, or in its GGUF file."""
+    if (folder / "model.gguf").is_file():
+        return _gguf_header(folder / "model.gguf")
+    return [item for path in folder.glob("*.safetensors") for item in _header(path)]
 
 
 def _header(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:

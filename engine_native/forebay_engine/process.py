@@ -28,7 +28,8 @@ from forebay_engine.chat import ChatTemplate
 from forebay_engine.config import EngineConfig
 from forebay_engine.engine import Engine
 from forebay_engine.errors import StartRefused
-from forebay_engine.memory import refuse_what_does_not_fit
+from forebay_engine.memory import available_bytes, laid_out_bytes, refuse_what_does_not_fit
+from forebay_engine.ready_memory import ReadyMemory
 from forebay_engine.server import Server
 from forebay_engine.step_runner import StepRunner
 from forebay_engine.tokenizer import Tokenizer, tokenizer_file
@@ -37,6 +38,8 @@ from forebay_engine.wire import EXIT_REFUSED
 
 #: How far the engine stands back behind the gateway where they share cores.
 NICENESS = 5
+#: Bytes that are taken from the system while torch is imported, at most.
+_MOST_READY = 1 << 30
 #: Seconds for an orderly end after standard input has closed.
 _GRACE = 3.0
 
@@ -54,9 +57,11 @@ def load_runner(
 
     :raises StartRefused: the model does not fit, or is none that we can serve.
     """
+    available = available_bytes()
+    memory = None if config.device == "cuda" else _ready_memory(config, available)
     device = choose_device(config.device)
     if device == "cpu":
-        refuse_what_does_not_fit(config)
+        refuse_what_does_not_fit(config, available)
     from forebay_engine.hf_config import ModelError
     from forebay_engine.runner import Runner
 
@@ -64,10 +69,18 @@ def load_runner(
         if device == "cuda":
             from forebay_engine.gpu.runner import DeviceRunner
 
+            if memory is not None:
+                memory.settle()
             return DeviceRunner.on_gpu(config, progress)
-        return Runner(config, progress)
+        return Runner(config, progress, memory)
     except ModelError as error:
         raise StartRefused(str(error)) from error
+
+
+def _ready_memory(config: EngineConfig, available: int | None) -> ReadyMemory | None:
+    """For the weights' layout; not much more than there is time for before it is needed."""
+    size = min(laid_out_bytes(config), _MOST_READY, (available or 0) // 2)
+    return ReadyMemory(size) if size > 0 else None
 
 
 def choose_device(asked: str) -> str:
@@ -149,6 +162,8 @@ async def _work(
 ) -> None:
     """Load, then step for ever."""
     begin = time.monotonic()
+    # Hardly anything that loading makes is garbage: a sixth of torch's import went into looking.
+    gc.disable()
     log.info("loading %s", config.model)
     folder = await asyncio.to_thread(_model_folder, config)
     config = replace(config, model=str(folder))
@@ -158,10 +173,12 @@ async def _work(
         )
     vocabulary = tokenizer_file(folder)
     template = ChatTemplate.from_folder(folder)
-    runner = await asyncio.to_thread(make_runner, config, _Loading(server))
-    # After the weights: its reader lets no other thread run Python for 1.5 s, while what is left of
-    # laying out the weights needs none.
-    tokenizer = await asyncio.to_thread(Tokenizer.from_file, vocabulary)
+    # Neither the tokenizer's reader nor torch's import lets other threads run Python for long; what
+    # is left to do beside them, getting memory for the weights, needs none.
+    runner, tokenizer = await asyncio.gather(
+        asyncio.to_thread(make_runner, config, _Loading(server)),
+        asyncio.to_thread(Tokenizer.from_file, vocabulary),
+    )
     log.info("weights and tokenizer loaded, warming up")
     await asyncio.to_thread(runner.warm_up)
     on_end = tracing.record if tracing is not None else lambda request: None
@@ -175,6 +192,7 @@ async def _work(
     )
     # What is there by now stays, and a collection that went through all of it takes 0.1 s.
     gc.freeze()
+    gc.enable()
     server.open(engine, config)
     await engine.run()
 

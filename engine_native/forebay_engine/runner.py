@@ -17,6 +17,7 @@ from forebay_engine.costs import StepCosts, measured
 from forebay_engine.guided_masks import MaskThread
 from forebay_engine.loading import Checkpoint
 from forebay_engine.memory import KV_BYTES
+from forebay_engine.ready_memory import ReadyMemory
 from forebay_engine.sampler import sample
 from forebay_engine.scoring import score_prompts
 from forebay_engine.sequence import SamplingParams
@@ -24,6 +25,9 @@ from forebay_engine.step import Row, Sampled, StepPlan, StepResult
 from forebay_engine.step_runner import Finished
 from forebay_engine.threads import ThreadPolicy, run_queue_wait
 from forebay_kernels import cpu
+
+#: Steps by which a number of threads is judged at first; while serving, the policy goes on.
+_TIMED = 3
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +38,15 @@ class Runner:
     runs_ahead = False
 
     def __init__(
-        self, config: EngineConfig, progress: Callable[[float], None] = lambda share: None
+        self,
+        config: EngineConfig,
+        progress: Callable[[float], None] = lambda share: None,
+        memory: ReadyMemory | None = None,
     ) -> None:
-        """``progress`` is told the share of the weights that has been read, 0 to 1."""
+        """``progress`` is told the share of the weights that has been read, 0 to 1.
+
+        ``memory``: where weights are laid out as far as it goes; what is left is given back.
+        """
         checkpoint = Checkpoint.of(config, torch.device("cpu"))
         shape, draft = checkpoint.shape, checkpoint.draft
         self._device = checkpoint.device
@@ -46,6 +56,8 @@ class Runner:
         #: Until they are measured, all steps cost the same, and guesses nothing.
         self.step_costs = StepCosts((1,), (1.0,))
         self.draft_costs: StepCosts | None = None
+        self._memory = memory
+        cpu.borrow_from(None if memory is None else memory.take)
         self._settle_threads()
         self.block_size = config.block_size
         size, kv_bytes = checkpoint.kv_dtype.itemsize, config.kv_cache_bytes or KV_BYTES
@@ -111,6 +123,9 @@ class Runner:
     def warm_up(self) -> None:
         """Run steps until the kernels are laid out, settle the threads, measure what steps cost."""
         self._choose_threads()
+        if self._memory is not None:
+            cpu.borrow_from(None)
+            self._memory.settle()
         if self._speculates:
             self.step_costs = measured(self.execute, self.cache_groups, self.block_size)
             log.info("%s", self.step_costs)
@@ -132,7 +147,7 @@ class Runner:
         for threads in choices:
             self._threads = threads
             self._timed_step()
-            timed[threads] = min(self._timed_step() for _ in range(5))
+            timed[threads] = min(self._timed_step() for _ in range(_TIMED))
         self._threads = min(timed, key=lambda threads: timed[threads])
         self._policy = ThreadPolicy(choices, self._threads, run_queue_wait)
         found = ", ".join(f"{n}: {1000 * seconds:.1f} ms" for n, seconds in timed.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,17 @@ from safetensors.torch import save_file
 
 from forebay_engine.config import EngineConfig
 from forebay_engine.errors import StartRefused
-from forebay_engine.memory import available_bytes, refuse_what_does_not_fit, weight_bytes
+from forebay_engine.memory import (
+    available_bytes,
+    laid_out_bytes,
+    refuse_what_does_not_fit,
+    weight_bytes,
+)
 from forebay_engine.process import load_runner, set_up_threads
+from forebay_engine.ready_memory import ReadyMemory
+from forebay_engine.runner import Runner
+from forebay_engine.sequence import SamplingParams
+from forebay_engine.step import Row, StepPlan
 
 MIB = 1 << 20
 
@@ -119,6 +129,38 @@ def test_a_model_that_is_none_stops_the_start(tmp_path: Path) -> None:
 def test_a_real_model_is_loaded_and_warm(tiny_checkpoint: Callable[[str], Path]) -> None:
     config = EngineConfig(model=str(tiny_checkpoint("llama")), kv_cache_bytes=MIB, threads=1)
     assert load_runner(config).vocab_size == 384
+
+
+def test_weights_lie_in_memory_that_was_ready(tiny_checkpoint: Callable[[str], Path]) -> None:
+    folder = tiny_checkpoint("gemma3")
+    config = EngineConfig(model=str(folder), num_blocks=2, threads=1)
+    sampling = SamplingParams(temperature=0.0, logprobs=4)
+    plan = StepPlan((Row(0, (5, 6, 7), 0, 3, ((0,), (0,)), True, sampling, 3),))
+
+    size = laid_out_bytes(config)
+    assert 0 < size < weight_bytes(folder, "auto")
+    memory = ReadyMemory(2 * size)
+    runner = Runner(config, memory=memory)
+    answer = runner.execute(plan)
+    # Norms are not laid out, panels are filled up.
+    assert 0.9 * size < memory._taken < 1.5 * size
+    runner.warm_up()
+    assert memory.take(1) is None
+    assert runner.execute(plan) == answer == Runner(config).execute(plan)
+
+
+def test_a_processor_lays_out_all_but_embeddings(tmp_path: Path) -> None:
+    tensors = {
+        "model.embed_tokens.weight": torch.zeros(8, 1024, dtype=torch.bfloat16),
+        "model.layers.0.mlp.up_proj.weight": torch.zeros(4, 1024, dtype=torch.bfloat16),
+    }
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    tied = EngineConfig(model=str(tmp_path))
+    assert laid_out_bytes(tied) == (8 + 4) * 1024 * 2
+    assert laid_out_bytes(replace(tied, quantization="int8")) == (8 + 4) * 1024
+    tensors["lm_head.weight"] = torch.zeros(6, 1024, dtype=torch.bfloat16)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert laid_out_bytes(tied) == (6 + 4) * 1024 * 2
 
 
 def test_openmp_is_told_before_torch_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ environment chooses how it behaves; everything but the runner is the engine's ow
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -49,6 +50,8 @@ class EchoRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         if self.mode == "fails":
             raise ArithmeticError("nothing works")
+        if not gc.isenabled():
+            raise AssertionError("garbage of requests would never be collected")
         if self.mode == "slow":
             time.sleep(0.02)
         if self.mode == "dies" and self.drawn == 10:

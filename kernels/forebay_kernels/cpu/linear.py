@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forebay_kernels.cpu import memory
 from forebay_kernels.cpu.library import (
     DTYPES,
     DenseMatrix,
@@ -136,8 +137,7 @@ def packed(weight: Tensor) -> Tensor:
     kernels = library()
     rows, columns = weight.shape
     row_bytes = columns * weight.element_size()
-    panels = torch.empty(kernels.packed_bytes(rows, row_bytes), dtype=torch.uint8)
-    kernels.huge_pages(panels.data_ptr(), panels.numel())
+    panels = memory.panels(kernels.packed_bytes(rows, row_bytes))
     kernels.pack(weight.data_ptr(), row_bytes, rows, row_bytes, panels.data_ptr())
     return panels
 
