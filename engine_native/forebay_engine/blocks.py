@@ -13,8 +13,9 @@ import secrets
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 from hashlib import blake2b
+
+from msgspec import Struct
 
 #: Bytes of a prefix hash; 16 keeps accidental collisions below 1e-20 for 1e9 blocks.
 DIGEST_BYTES = 16
@@ -22,8 +23,7 @@ DIGEST_BYTES = 16
 RELEASED = -1
 
 
-@dataclass(frozen=True, slots=True)
-class Content:
+class Content(Struct, frozen=True, gc=False):
     """The tokens of a full block, and the hash of all before them."""
 
     digest: bytes

@@ -206,6 +206,17 @@ class KVCache:
         pages.end += needed * self.block_size
         return True
 
+    def reserve_next(self, many: Items[Pages]) -> bool:
+        """Another page for each, in all groups, or for none of them."""
+        if any(pool.available < len(many) for pool in self.pools):
+            return False
+        for number, pool in enumerate(self.pools):
+            for pages, block in zip(many, pool.allocate(len(many)) or (), strict=True):
+                pages.tables[number].append(block)
+        for pages in many:
+            pages.end += self.block_size
+        return True
+
     def advance(self, pages: Pages, tokens: Items[int], computed: int) -> None:
         """Offer the pages that are full now for reuse, and give back what is out of sight.
 

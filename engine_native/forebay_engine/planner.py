@@ -93,26 +93,30 @@ class Planner:
 
         And how many must first know the token that is being drawn for them.
         """
-        decodes, prompts, held = [], [], 0
+        decodes: list[Entry] = []
+        prompts: list[Entry] = []
+        held = 0
         for entry in self._queues.running:
-            sequence = entry.sequence
-            total = len(sequence.token_ids) + entry.unknown
-            missing = total - entry.reach
-            if entry.unknown and (entry.waits or total >= sequence.most_tokens):
-                # With its last token it ends, whatever that is.
-                held += total < sequence.most_tokens
-            elif missing == 1:
-                decodes.append(entry)
-            elif missing:
-                prompts.append(entry)
+            sequence, row = entry.sequence, entry.row
+            if row is None or not row.sample:
+                missing = len(sequence.token_ids) - entry.reach
+                if missing:
+                    (decodes if missing == 1 else prompts).append(entry)
+            elif len(sequence.token_ids) + 1 < sequence.most_tokens:
+                if entry.waits:
+                    held += 1
+                else:
+                    decodes.append(entry)
+            # Else with that token it ends, whatever it is.
         return decodes, prompts, held
 
     def _decode(self, entries: list[Entry], step: StepBudget, ahead: bool) -> bool:
         """A token for each; False: pages are lacking."""
-        for entry in [entry for entry in entries if entry.reach == entry.pages.end]:
-            if entry not in step.preempted and not self._make_room(entry, 1, step, ahead):
-                return False
-        if step.preempted:
+        full = [entry for entry in entries if entry.reach == entry.pages.end]
+        if not self._cache.reserve_next([entry.pages for entry in full]):
+            for entry in full:
+                if entry not in step.preempted and not self._make_room(entry, 1, step, ahead):
+                    return False
             entries = [entry for entry in entries if entry not in step.preempted]
         step.decode(entries)
         return True

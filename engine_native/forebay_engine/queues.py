@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from forebay_engine.cache import Pages
 from forebay_engine.sequence import Sequence
+from forebay_engine.step import Row
 
 #: Seconds of waiting that a level of priority is worth.
 PATIENCE = 10.0
@@ -25,12 +26,10 @@ class Entry:
     #: Nothing can be planned for it behind a token that is not known yet.
     waits: bool = False
     admitted: bool = False
-    #: Steps under way that run tokens of it.
-    flying: int = 0
+    #: Its row in the newest of these steps; None: it is in none of them.
+    row: Row | None = None
     #: Tokens in the cache after these steps.
     reach: int = 0
-    #: Tokens that these steps draw: when a step is planned 0 or 1.
-    unknown: int = 0
     #: Arrival, put off by its priority: never changes.
     rank: tuple[float, int] = field(init=False)
 
@@ -40,8 +39,9 @@ class Entry:
 
     @property
     def total(self) -> int:
-        """Its tokens, those unknown among them."""
-        return len(self.sequence.token_ids) + self.unknown
+        """Its tokens, the one that is being drawn among them."""
+        row = self.row
+        return len(self.sequence.token_ids) + (row is not None and row.sample)
 
 
 class Queues:
@@ -73,7 +73,7 @@ class Queues:
 
     def check(self) -> None:
         """Raise AssertionError unless the books agree with each other."""
-        if any(any(entry.pages.tables) or entry.flying for entry in self.waiting):
+        if any(any(entry.pages.tables) or entry.row for entry in self.waiting):
             raise AssertionError("a waiting sequence holds pages")
         for entries in (self.running, self.waiting):
             if entries != sorted(entries, key=by_rank):
@@ -81,7 +81,7 @@ class Queues:
         there = {id(entry) for entry in [*self.running, *self.waiting]}
         if there != {id(e) for e in self.entries.values() if e.sequence.finish_reason is None}:
             raise AssertionError("a sequence is neither running nor waiting, or has ended")
-        if any(e.sequence.finish_reason and not e.flying for e in self.entries.values()):
+        if any(e.sequence.finish_reason and not e.row for e in self.entries.values()):
             raise AssertionError("a sequence has ended, and no step under way writes its pages")
 
 

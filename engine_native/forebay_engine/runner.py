@@ -6,9 +6,9 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
+from msgspec import structs
 
 from forebay_engine.batch import build_batch, pool
 from forebay_engine.cache_size import cache_groups
@@ -100,7 +100,7 @@ class Runner:
         if row.seq_id not in self._drawn:
             raise ValueError(f"sequence {row.seq_id}: the last step drew no token for it")
         token = max(0, self._drawn[row.seq_id])  # where none could come, any is as good
-        return replace(row, token_ids=[*row.token_ids, token], unknown=0)
+        return structs.replace(row, token_ids=[*row.token_ids, token], unknown=0)
 
     def _execute(self, plan: StepPlan) -> StepResult:
         self._settle_threads()

@@ -23,8 +23,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection
-from dataclasses import replace
+from collections.abc import Sequence as Items
 from heapq import heappop, heappush
+
+from msgspec import structs
 
 from forebay_engine.cache import KVCache
 from forebay_engine.counters import Counters
@@ -37,9 +39,6 @@ from forebay_engine.step import NO_TOKEN, Row, Sampled, StepPlan, StepResult
 
 #: Levels above and below 0: what comes 2,000 s later is behind, whatever its priority.
 MAX_PRIORITY = 100
-
-#: The rows of a step under way, and whose they are.
-Flight = list[tuple[Entry, Row]]
 
 
 class Scheduler:
@@ -85,7 +84,7 @@ class Scheduler:
         )
         self._deadlines: list[tuple[float, int]] = []
         #: The steps under way, the oldest first.
-        self._flights: deque[Flight] = deque()
+        self._flights: deque[Items[Row]] = deque()
 
     @property
     def most_in_flight(self) -> int:
@@ -187,20 +186,16 @@ class Scheduler:
             if not ahead and self._queues.entries:
                 raise RuntimeError(f"stalled with {self.running} running, {self.waiting} waiting")
             return None
-        rows = [_row(entry, count) for entry, count in step.counts.items()]
+        rows = [_depart(entry, count) for entry, count in step.counts.items()]
         if self._speculation is not None:
             rows = self._speculation.extend(rows, step.left, self._spare)
-        flight: Flight = []
-        longer: Flight = []
-        for entry, row in zip(step.counts, rows, strict=True):
-            entry.flying += 1
-            entry.reach += row.count
-            entry.unknown += row.sample
-            (flight if row.count == 1 else longer).append((entry, row))
-        flight += longer
-        self._flights.append(flight)
+            for entry, row in zip(step.counts, rows, strict=True):
+                entry.row, entry.reach = row, row.start + row.count
+        if max([row.count for row in rows]) > 1:
+            rows.sort(key=lambda row: row.count > 1)
+        self._flights.append(rows)
         self.counters.steps += 1
-        return StepPlan(tuple([row for _, row in flight]))
+        return StepPlan(tuple(rows))
 
     def apply(
         self, result: StepResult, failed: Collection[int] = ()
@@ -213,41 +208,28 @@ class Scheduler:
         """
         if not self._flights:
             raise RuntimeError("no step is in flight")
-        flight = self._flights[0]
+        rows = self._flights[0]
         if failed:
-            flight = [pair for pair in flight if pair[1].seq_id not in failed]
-        sampling = [row for _, row in flight if row.sample]
-        sampled = result.of(sampling)
+            rows = [row for row in rows if row.seq_id not in failed]
+        draws = result.of(rows)
         if failed:
             self._fail(failed)
         self._flights.popleft()
         if self._speculation is not None:
-            drawn_by = {row.seq_id: drawn for row, drawn in zip(sampling, sampled, strict=True)}
-            self._speculation.take([row for _, row in flight], drawn_by, result.guessed)
+            drawn_by = {row.seq_id: drawn for row, drawn in zip(rows, draws, strict=True)}
+            self._speculation.take(rows, drawn_by, result.guessed)
         progress = []
-        draws = iter(sampled)
-        for entry, row in flight:
+        entries = self._queues.entries
+        for row, drawn in zip(rows, draws, strict=True):
+            entry = entries[row.seq_id]
             sequence = entry.sequence
-            drawn = next(draws) if row.sample else []
-            if sequence.finish_reason is not None:
-                continue
-            sequence.num_computed += row.count
-            if row.draft:
-                sequence.num_computed -= len(row.draft)
-                self.counters.count_guesses(sequence, len(row.draft), len(drawn) - 1)
-            if row.sample:
-                progress.append((sequence, self._append(sequence, drawn)))
-            elif not sequence.draws and sequence.num_computed == len(sequence.token_ids):
-                scored = sequence.pooling is None
-                sequence.finish_reason = FinishReason.LENGTH if scored else FinishReason.STOP
-                self.counters.finished += 1
-                progress.append((sequence, []))
-            if sequence.num_computed >= entry.pages.due:
-                self.cache.advance(entry.pages, sequence.token_ids, sequence.num_computed)
-            if sequence.finish_reason is not None:
-                self._queues.leave(entry)
-        self._land(flight)
-        self.counters.computed_tokens += sum([row.count for _, row in flight])
+            if sequence.finish_reason is None:
+                taken = self._advance(entry, row, drawn)
+                if taken or sequence.finish_reason is not None:
+                    progress.append((sequence, taken))
+            if entry.row is row:
+                self._land(entry)
+        self.counters.computed_tokens += sum([row.count for row in rows])
         self.counters.generated_tokens += sum([len(drawn) for _, drawn in progress])
         return progress
 
@@ -256,21 +238,29 @@ class Scheduler:
 
         The places in the cache that it wrote are written again before anybody reads them.
         """
-        flight = self._flights.pop()
-        for entry, row in flight:
-            entry.reach -= row.count
-        self._land(flight)
+        rows = self._flights.pop()
+        before = {row.seq_id: row for row in self._flights[-1]} if self._flights else {}
+        for row in rows:
+            entry = self._queues.entries[row.seq_id]
+            entry.row, entry.reach = before.get(row.seq_id), row.start
+            if entry.row is None:
+                self._land(entry)
 
     def retry(self) -> StepPlan:
         """The only step under way once more, with the tokens that have become known since.
 
         Whoever has ended meanwhile is no longer in it, so there may be no row.
         """
-        flight = self._flights.pop()
-        going = [pair for pair in flight if pair[0].sequence.finish_reason is None]
-        self._land([pair for pair in flight if pair[0].sequence.finish_reason is not None])
-        self._flights.append([(entry, replace(row, unknown=0)) for entry, row in going])
-        return StepPlan(tuple(row for _, row in self._flights[0]))
+        rows = []
+        for row in self._flights.pop():
+            entry = self._queues.entries[row.seq_id]
+            if entry.sequence.finish_reason is not None:
+                self._land(entry)
+                continue
+            entry.row = structs.replace(row, unknown=0)
+            rows.append(entry.row)
+        self._flights.append(rows)
+        return StepPlan(tuple(rows))
 
     def check(self) -> None:
         """Raise AssertionError unless the books of scheduler and cache agree."""
@@ -288,41 +278,54 @@ class Scheduler:
             return wanted
         return pages.end - end
 
-    def _append(self, sequence: Sequence, drawn: list[Sampled]) -> list[Sampled]:
-        """Add what was drawn, up to the answer's end; all but the last are computed as well."""
-        for number, sampled in enumerate(drawn):
-            if number:
-                sequence.num_computed += 1
+    def _advance(self, entry: Entry, row: Row, drawn: list[Sampled]) -> list[Sampled]:
+        """Take what a row came to; of what was drawn, what there is up to the answer's end."""
+        sequence, pages = entry.sequence, entry.pages
+        computed = sequence.num_computed + row.count
+        if row.draft:
+            computed -= len(row.draft)
+            self.counters.count_guesses(sequence, len(row.draft), len(drawn) - 1)
+        for number, sampled in enumerate(drawn, 1):
             if sampled.token_id == NO_TOKEN:
                 sequence.finish_reason = FinishReason.ERROR
             else:
                 sequence.take(sampled.token_id, self._eos)
             if sequence.finish_reason is not None:
-                self.counters.count_end(sequence.finish_reason)
-                return drawn[: number + 1]
+                drawn = drawn[:number]
+                break
+        if drawn:
+            # The last is not computed yet.
+            computed += len(drawn) - 1
+        elif not sequence.draws and computed == len(sequence.token_ids):
+            scored = sequence.pooling is None
+            sequence.finish_reason = FinishReason.LENGTH if scored else FinishReason.STOP
+        sequence.num_computed = computed
+        if computed >= pages.due:
+            self.cache.advance(pages, sequence.token_ids, computed)
+        if sequence.finish_reason is not None:
+            self.counters.count_end(sequence.finish_reason)
+            self._queues.leave(entry)
         return drawn
 
     def _fail(self, failed: Collection[int]) -> None:
         """These sequences end with the oldest step, which could not be executed for them."""
         for id in failed:
             self.abort(id, FinishReason.ERROR)
-        self._land([pair for pair in self._flights[0] if pair[1].seq_id in failed])
+        for row in self._flights[0]:
+            if row.seq_id in failed:
+                self._land(self._queues.entries[row.seq_id])
 
-    def _land(self, flight: Flight) -> None:
-        """A step is over for these rows, so the pages of those who have ended are free."""
-        for entry, row in flight:
-            entry.flying -= 1
-            entry.unknown -= row.sample
-            if entry.flying:
-                continue
-            entry.reach = entry.sequence.num_computed
-            if entry.sequence.finish_reason is not None:
-                self._forget(entry)
+    def _land(self, entry: Entry) -> None:
+        """No step is under way for it any longer, so if it has ended its pages are free."""
+        entry.row = None
+        entry.reach = entry.sequence.num_computed
+        if entry.sequence.finish_reason is not None:
+            self._forget(entry)
 
     def _end(self, entry: Entry) -> None:
         """A sequence has ended, maybe while steps under way write its pages."""
         self._queues.leave(entry)
-        if not entry.flying:
+        if entry.row is None:
             self._forget(entry)
 
     def _forget(self, entry: Entry) -> None:
@@ -335,21 +338,25 @@ class Scheduler:
             self._speculation.forget(entry.sequence.id)
 
 
-def _row(entry: Entry, count: int) -> Row:
-    # By position, as there are hundreds in a step: with names it takes twice as long.
+def _depart(entry: Entry, count: int) -> Row:
+    """A sequence's next tokens as a row of a step that is under way from now on."""
     sequence, start, tokens = entry.sequence, entry.reach, entry.sequence.token_ids
-    return Row(
+    unknown = int(entry.row is not None and entry.row.sample)
+    entry.reach = end = start + count
+    # By position, as there are hundreds in a step: with names it takes twice as long.
+    entry.row = row = Row(
         sequence.id,
         tokens,
         start,
         count,
         entry.pages.tables,
-        start + count == len(tokens) + entry.unknown and sequence.draws,
+        end == len(tokens) + unknown and sequence.draws,
         sequence.sampling,
         len(sequence.prompt_ids),
         (),
         sequence.guide,
         sequence.pooling,
         None,
-        entry.unknown,
+        unknown,
     )
+    return row

@@ -18,6 +18,8 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from msgspec import structs
+
 from forebay_engine.acceptance import Acceptance, Guess
 from forebay_engine.step import Guessed, Lookahead, Row, Sampled
 
@@ -188,7 +190,7 @@ class DraftSpeculation:
         start, end = self._drafted[row.seq_id].computed, row.start + row.count
         if not count and end // self._block_size * self._block_size <= start:
             return row
-        return replace(row, lookahead=Lookahead(start, count))
+        return structs.replace(row, lookahead=Lookahead(start, count))
 
 
 def with_draft(row: Row, draft: tuple[int, ...], spare: Spare) -> Row:
@@ -196,4 +198,4 @@ def with_draft(row: Row, draft: tuple[int, ...], spare: Spare) -> Row:
     if not draft:
         return row
     draft = draft[: spare(row, len(draft))]
-    return replace(row, draft=draft, count=row.count + len(draft))
+    return structs.replace(row, draft=draft, count=row.count + len(draft))

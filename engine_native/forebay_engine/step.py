@@ -10,6 +10,8 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from msgspec import Struct
+
 from forebay_engine.sequence import Pooling, SamplingParams
 
 if TYPE_CHECKING:
@@ -60,10 +62,9 @@ class Lookahead:
     count: int
 
 
-# An object of a frozen dataclass takes ten times as long to make, 3.3 µs for a row, and there are
-# hundreds in a step. Nobody changes one all the same.
-@dataclass(slots=True)
-class Row:
+# There are hundreds of rows and draws in a step. To make a row takes 0.1 µs as a struct, 0.3 as an
+# object of a plain dataclass, and 3.3 of a frozen one. None is ever part of a cycle.
+class Row(Struct, frozen=True, gc=False):
     """One sequence's part of a step: ``count`` tokens from position ``start`` on."""
 
     seq_id: int
@@ -111,8 +112,7 @@ class StepPlan:
 NO_TOKEN = -1
 
 
-@dataclass(slots=True)
-class Sampled:
+class Sampled(Struct, frozen=True, gc=False):
     """A token drawn for a row with ``sample``, or ``NO_TOKEN``."""
 
     seq_id: int
@@ -166,19 +166,21 @@ class StepResult:
     prompt: tuple[PromptToken, ...] = ()
 
     def of(self, rows: Items[Row]) -> list[list[Sampled]]:
-        """What was drawn for each of the rows, all of which wanted a sample.
+        """What was drawn for each of the rows, nothing for those that wanted no sample.
 
         :raises RuntimeError: not what the rows asked for.
         """
-        if [item.seq_id for item in self.sampled] == [row.seq_id for row in rows]:
-            return [[item] for item in self.sampled]
+        # A token for each is what most steps are for.
+        if [item.seq_id for item in self.sampled] == [row.seq_id for row in rows if row.sample]:
+            draws = iter(self.sampled)
+            return [[next(draws)] if row.sample else [] for row in rows]
         found: dict[int, list[Sampled]] = {}
         for item in self.sampled:
             found.setdefault(item.seq_id, []).append(item)
-        if found.keys() != {row.seq_id for row in rows}:
+        if found.keys() != {row.seq_id for row in rows if row.sample}:
             raise RuntimeError("the result's sequences are not those that the plan sampled")
         for row in rows:
-            drawn = [item.token_id for item in found[row.seq_id]]
+            drawn = [item.token_id for item in found.get(row.seq_id, [])]
             if drawn[:-1] != list(row.draft[: len(drawn) - 1]):
                 raise RuntimeError(f"sequence {row.seq_id}: {drawn} do not follow {row.draft}")
-        return [found[row.seq_id] for row in rows]
+        return [found.get(row.seq_id, []) for row in rows]

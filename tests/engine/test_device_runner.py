@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 
 import forebay_kernels
 from forebay_engine.config import EngineConfig
@@ -159,7 +160,7 @@ async def test_choices_log_probabilities_and_guesses_are_those_of_the_plain_runn
         decode(3, [2, 8, 9], 0, [3], count=3, sample=False, pooling="mean"),
         decode(4, [2, 8, 9], 0, [4], count=3, sampling=replace(GREEDY, prompt_logprobs=1)),
     ):
-        row = replace(one_group, block_tables=one_group.block_tables * 2)
+        row = structs.replace(one_group, block_tables=one_group.block_tables * 2)
         expected, found = plain.execute(StepPlan((row,))), runner.execute(StepPlan((row,)))
         assert [item.token_id for item in found.sampled] == [i.token_id for i in expected.sampled]
         for one, other in zip(found.sampled, expected.sampled, strict=True):
@@ -226,7 +227,7 @@ def alone(
     tokens = list(prompt)
     for _ in range(8):
         row = decode(id, list(tokens), 0, list(range(12, 18)), count=len(tokens))
-        row = replace(row, sampling=sampling, num_prompt=len(prompt))
+        row = structs.replace(row, sampling=sampling, num_prompt=len(prompt))
         tokens.append(runner.execute(StepPlan((row,))).sampled[0].token_id)
     return tokens
 
@@ -409,7 +410,9 @@ def test_steps_of_triton_kernels_draw_the_tokens_of_the_plain_runner(
             start = len(prompt) + step - 1 if step else 0
             row = decode(id, known[id], start, [4 * id, 4 * id + 1, 4 * id + 2], count=count)
             rows.append(
-                replace(row, sampling=sampling, unknown=int(step > 0), num_prompt=len(prompt))
+                structs.replace(
+                    row, sampling=sampling, unknown=min(step, 1), num_prompt=len(prompt)
+                )
             )
         launched.append(runner.launch(StepPlan(tuple(rows))))
         if step:

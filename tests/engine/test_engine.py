@@ -6,12 +6,12 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from forebay_engine.cache import CacheGroup
 from forebay_engine.chat import ChatTemplate
@@ -255,7 +255,8 @@ async def test_an_answer_that_may_not_go_on_fails_its_request_alone() -> None:
             long = {row.seq_id for row in plan.rows if len(row.token_ids) > row.num_prompt + 2}
             return StepResult(
                 tuple(
-                    replace(s, token_id=NO_TOKEN) if s.seq_id in stuck & long else s for s in drawn
+                    structs.replace(s, token_id=NO_TOKEN) if s.seq_id in stuck & long else s
+                    for s in drawn
                 )
             )
 

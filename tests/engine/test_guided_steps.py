@@ -14,6 +14,7 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 
 from forebay_engine.config import EngineConfig
 from forebay_engine.engine import Engine
@@ -243,7 +244,7 @@ async def test_guided_draws_have_the_renormalised_distribution(config: EngineCon
         if len(drawn) == 1:
             guide.take(drawn[0])
             bits = np.unpackbits(guide.masks(()).view(np.uint8), axis=1, bitorder="little")
-            after = replace(row, token_ids=[2, *drawn], draft=(), count=1)
+            after = structs.replace(row, token_ids=[2, *drawn], draft=(), count=1)
             allowed = {0: torch.tensor(bits == 1)}
             drawn += [s.token_id for s in sample(logits[1:], [after], frozenset({1}), allowed)]
         seen[tokenizer.decode(drawn)] += 1

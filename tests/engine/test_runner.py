@@ -7,12 +7,12 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 
 from forebay_engine.batch import build_batch
 from forebay_engine.cache import CacheGroup
@@ -143,7 +143,7 @@ def test_guesses_that_come_true_are_the_tokens_of_single_steps(runner: Runner) -
         alone.append(runner.execute(StepPlan((single,))).sampled[0].token_id)
     true = alone[len(prompt) :]
     for draft, come in [(true[:3], 4), ([true[0], (true[1] + 1) % 384, true[2]], 2)]:
-        guessed = replace(planned(1, prompt, 0, [1], True), count=7, draft=tuple(draft))
+        guessed = structs.replace(planned(1, prompt, 0, [1], True), count=7, draft=tuple(draft))
         drawn = runner.execute(StepPlan((guessed, planned(2, [2], 0, [2], True)))).sampled
         assert [s.token_id for s in drawn if s.seq_id == 1] == true[:come]
 
@@ -159,19 +159,21 @@ def test_a_token_that_nobody_knows_yet_is_the_one_that_was_just_drawn(runner: Ru
     step = StepPlan((planned(1, ahead, 0, [1], True), planned(2, other, 0, [2], True)))
     launched = runner.launch(step)
     for _ in range(3):
-        unknown = replace(planned(1, ahead, 0, [1], True), start=len(ahead), count=1, unknown=1)
+        unknown = structs.replace(
+            planned(1, ahead, 0, [1], True), start=len(ahead), count=1, unknown=1
+        )
         following = runner.launch(StepPlan((unknown,)))
         ahead.append(launched.result().sampled[0].token_id)
         launched = following
     ahead.append(launched.result().sampled[0].token_id)
     assert ahead == known
-    lost = replace(planned(2, other, 0, [2], True), start=2, count=1, unknown=1)
+    lost = structs.replace(planned(2, other, 0, [2], True), start=2, count=1, unknown=1)
     with pytest.raises(ValueError, match="sequence 2: the last step drew no token for it"):
         runner.launch(StepPlan((lost,)))
 
 
 def test_guesses_that_hang_in_the_air_are_refused() -> None:
-    row = replace(planned(3, [1, 2, 3], 0, [0], True), count=1, draft=(4,))
+    row = structs.replace(planned(3, [1, 2, 3], 0, [0], True), count=1, draft=(4,))
     with pytest.raises(ValueError, match="guesses do not follow its last token"):
         build_batch(StepPlan((row,)), 4, CPU)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from msgspec import structs
 
 from forebay_engine.logits import largest
 from forebay_engine.noise import gumbel, position_key, token_bits
@@ -297,7 +297,7 @@ def test_with_guesses_two_places_have_the_joint_distribution_of_two_draws(masked
     logits = torch.tensor(LOGITS, dtype=torch.float32).expand(2, -1)
     joint, accepted = np.zeros((8, 8)), 0
     for seed in range(count):
-        asked = replace(row([2], seed=seed, **EVERYTHING), count=2, draft=(guess,))
+        asked = structs.replace(row([2], seed=seed, **EVERYTHING), count=2, draft=(guess,))
         got = [s.token_id for s in sample(logits, [asked], EOS, allowed)]
         accepted += len(got) == 2
         if len(got) == 1:
@@ -317,7 +317,7 @@ def test_where_no_token_may_come_none_is_drawn() -> None:
     dead = row([3, 5], allowed_token_ids=(2,), bad_words=((5, 2),), logprobs=2, top_p=0.5)
     assert sample(logits, [dead], EOS) == (Sampled(7, NO_TOKEN),)
     # A guess behind it is never taken.
-    drafted = replace(dead, count=2, draft=(2,))
+    drafted = structs.replace(dead, count=2, draft=(2,))
     assert sample(logits.expand(2, -1), [drafted], EOS) == (Sampled(7, NO_TOKEN),)
 
 
@@ -368,7 +368,7 @@ def test_guesses_are_taken_while_they_are_what_would_be_drawn() -> None:
     many = torch.tensor(logits, dtype=torch.float32)
     true, false = alone[1:], (alone[3] + 1) % len(LOGITS)
     for draft, come in [(true[:3], 4), ([*true[:2], false], 3), ([false, *true[1:3]], 1)]:
-        asked = replace(row([3], **params), count=4, draft=tuple(draft))
+        asked = structs.replace(row([3], **params), count=4, draft=tuple(draft))
         got = [s.token_id for s in sample(many[: 1 + len(draft)], [asked], EOS)]
         assert got == true[:come]
 
@@ -378,7 +378,7 @@ def test_only_what_a_guide_allows_is_drawn_at_each_place() -> None:
     allowed[0, 5] = allowed[1, 1] = True
     many = torch.tensor(LOGITS, dtype=torch.float32).expand(2, -1)
     for params in ({"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.5}):
-        asked = replace(row(**params), count=2, draft=(5,))
+        asked = structs.replace(row(**params), count=2, draft=(5,))
         assert [s.token_id for s in sample(many, [asked], EOS, {7: allowed})] == [5, 1]
 
 

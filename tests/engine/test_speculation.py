@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from forebay_engine.acceptance import Acceptance, Guess
 from forebay_engine.costs import StepCosts, worthwhile
@@ -190,7 +190,7 @@ def test_what_came_of_guesses_elsewhere_is_where_a_new_sequence_starts() -> None
     speculation = immediate(Fixed(), FIFTH, 4)
     lengths = []
     for number in range(60):
-        one = replace(row([1]), seq_id=number)
+        one = structs.replace(row([1]), seq_id=number)
         (extended,) = speculation.extend([one], 100, everything)
         speculation.take([extended], {number: [Sampled(number, 0)]}, ())
         speculation.forget(number)
@@ -207,7 +207,7 @@ def test_a_draft_model_guesses_while_that_pays_and_never_lacks_a_full_page() -> 
         speculation = DraftSpeculation(acceptance, Limits(4), block_size=4)
         tokens, computed, verified = [1], 0, []
         while len(tokens) < 600:
-            asked = replace(row(tokens), start=len(tokens) - 1)
+            asked = structs.replace(row(tokens), start=len(tokens) - 1)
             (extended,) = speculation.extend([asked], 100, everything)
             verified.append(len(extended.draft))
             true = [random.random() < chance for _ in extended.draft]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from msgspec import structs
 
 from forebay_engine.config import EngineConfig
 from forebay_engine.detect import main
@@ -164,7 +165,9 @@ def test_guesses_change_nothing(mark: Watermark) -> None:
         draft = alone[len(tokens) : len(tokens) + 4]
         if len(tokens) % 3 == 0:
             draft[-1] = (draft[-1] + 1) % 8
-        asked = replace(row(list(tokens), mark, **params), draft=tuple(draft), count=1 + len(draft))
+        asked = structs.replace(
+            row(list(tokens), mark, **params), draft=tuple(draft), count=1 + len(draft)
+        )
         at = slice(len(tokens) - 1, len(tokens) + len(draft))
         got = [s.token_id for s in sample(places[at], [asked], NONE, {7: allowed[at]})]
         accepted += len(got) - 1

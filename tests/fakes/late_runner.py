@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
+
+from msgspec import structs
 
 from forebay_engine.sequence import SamplingParams
 from forebay_engine.step import Row, StepPlan, StepResult
@@ -49,7 +51,7 @@ class LateRunner:
         assert self.takes_unknown(row.sampling)
         self.unknown += 1
         token = max(0, self._drawn[row.seq_id])
-        return replace(row, token_ids=[*row.token_ids, token], unknown=0)
+        return structs.replace(row, token_ids=[*row.token_ids, token], unknown=0)
 
 
 @dataclass
@@ -59,4 +61,4 @@ class Late:
 
 def copied(row: Row) -> Row:
     tables = tuple(list(table) for table in row.block_tables)
-    return replace(row, token_ids=list(row.token_ids), block_tables=tables)
+    return structs.replace(row, token_ids=list(row.token_ids), block_tables=tables)

@@ -21,6 +21,7 @@ from itertools import accumulate
 from operator import or_
 
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from forebay_engine.batch import check_row, pool
@@ -175,7 +176,9 @@ class DeviceRunner:
         for sampling in (greedy, limited, penalised, asking):
             for rows, count in ((1, 1), (16, 1), (self._most_recorded, 1), (1, 2)):
                 row = Row(0, (0,) * count, 0, count, pages, True, sampling, count)
-                self.execute(StepPlan(tuple(replace(row, seq_id=-1 - id) for id in range(rows))))
+                self.execute(
+                    StepPlan(tuple(structs.replace(row, seq_id=-1 - id) for id in range(rows)))
+                )
         decode = Row(-1, (0,), 0, 1, pages, True, greedy, 1)
         for count in (16, min(self._inputs.most_tokens, self.max_model_len) - 1):
             for end in (count, self.max_model_len):  # at the beginning, and behind a long prefix
