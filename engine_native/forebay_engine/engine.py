@@ -194,25 +194,29 @@ class Engine:
             choice = self._choices.get(token.seq_id)
             if choice is not None and choice.prompt is not None:
                 choice.prompt[token.position] = token
-        now = time.monotonic()
+        self.metrics.tokens(
+            [
+                (choice, len(drawn))
+                for sequence, drawn in progress
+                if drawn and (choice := self._choices.get(sequence.id)) is not None
+            ],
+            time.monotonic(),
+        )
         for sequence, drawn in progress:
             choice = self._choices.get(sequence.id)
-            if choice is not None:
-                if drawn:
-                    self.metrics.tokens(choice, len(drawn), now)
-                self._advance_or_fail(choice, drawn)
+            if choice is None:
+                continue
+            try:
+                self._advance(choice, drawn)
+            except Exception as error:
+                log.exception("tokens of sequence %d could not be passed on", sequence.id)
+                message = f"the engine could not pass this on: {error}"
+                self._fail(choice.request, "failed", message)
         self._pooler.take(outcome.result.pooled)
         self._failed_steps = self._failed_steps + 1 if outcome.nothing else 0
         if self._failed_steps == _MOST_FAILED_STEPS:
             last = next(iter(outcome.failed.values()))
             raise RuntimeError(f"{self._failed_steps} steps in a row failed") from last
-
-    def _advance_or_fail(self, choice: Choice, drawn: list[Sampled]) -> None:
-        try:
-            self._advance(choice, drawn)
-        except Exception as error:
-            log.exception("tokens of sequence %d could not be passed on", choice.sequence.id)
-            self._fail(choice.request, "failed", f"the engine could not pass this on: {error}")
 
     async def _idle(self) -> None:
         """Wait for work; when it has been quiet for a while, compare the books.
@@ -323,16 +327,17 @@ class Engine:
             left -= 1
             choice.token_ids.append(sampled.token_id)
             if left or not silent:
-                piece, stopped = self._text(choice, sampled, sequence.num_output - left)
+                piece, stopped = self._text(choice, sampled, left)
                 text += piece
                 if stopped:
                     self._stop(sequence, left)
                     break
-        if sequence.finish_reason is not None:
+        ended = sequence.finish_reason is not None
+        if ended:
             text += choice.stops.flush()
-        if text or sequence.finish_reason is not None:
+        if text or ended:
             choice.request.emit(output(choice, text, self._tokenizer))
-        if sequence.finish_reason is not None:
+        if ended:
             self._close(choice)
 
     def _stop(self, sequence: Sequence, unspoken: int) -> None:
@@ -342,14 +347,15 @@ class Engine:
         sequence.finish_reason = FinishReason.STOP
         del sequence.token_ids[len(sequence.token_ids) - unspoken :]
 
-    def _text(self, choice: Choice, sampled: Sampled, number: int) -> tuple[str, bool]:
-        """The certain text up to the answer's ``number``-th token, and whether that stops it."""
+    def _text(self, choice: Choice, sampled: Sampled, left: int) -> tuple[str, bool]:
+        """The text that is certain without the last ``left`` tokens, and whether it stops there."""
         if sampled.logprob is not None:
             choice.logprobs.append(self._logprob(sampled, sampled.logprob))
         text = choice.text.push(sampled.token_id)
-        if number <= choice.sequence.sampling.min_tokens:
-            return text, False
-        return choice.stops.push(text)
+        sequence = choice.sequence
+        if sequence.sampling.stop and sequence.num_output - left > sequence.sampling.min_tokens:
+            return choice.stops.push(text)
+        return text, False
 
     def _logprob(self, sampled: Sampled, logprob: float) -> Logprob:
         name = self._tokenizer.token_text

@@ -6,6 +6,7 @@ The scheduler counts, and how full things are is read when somebody asks.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence as Items
 
 from forebay_engine.request import Choice, Request, durations
 from forebay_engine.wire import Distribution
@@ -43,16 +44,21 @@ class Metrics:
         self._decode = Histogram()
         self._acceptance = Histogram(_SHARES)
 
-    def tokens(self, choice: Choice, count: int, now: float) -> None:
-        """So many tokens of a choice have come; each counts with its share of the time."""
-        request = choice.request
-        if choice.last_token is not None:
-            self._inter_token.observe((now - choice.last_token) / count, count)
-        choice.last_token = now
-        if request.first_token is None:
-            request.first_token = now
-            # From arrival on, tokenising included.
-            self._first_token.observe(now - request.submitted)
+    def tokens(self, came: Items[tuple[Choice, int]], now: float) -> None:
+        """So many tokens of each choice have come; each counts with its share of the time."""
+        # Whose last token came with the same step share one observation.
+        gaps: dict[float, int] = {}
+        for choice, count in came:
+            last, choice.last_token = choice.last_token, now
+            if last is not None:
+                gap = (now - last) / count
+                gaps[gap] = gaps.get(gap, 0) + count
+            elif choice.request.first_token is None:
+                choice.request.first_token = now
+                # From arrival on, tokenising included.
+                self._first_token.observe(now - choice.request.submitted)
+        for gap, count in gaps.items():
+            self._inter_token.observe(gap, count)
 
     def ended(self, request: Request) -> None:
         """A request got its whole answer."""

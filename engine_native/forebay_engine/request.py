@@ -70,19 +70,21 @@ class Request:
 
 def output(choice: Choice, text: str, tokenizer: Tokenizer) -> Output:
     """The next piece of a choice, which takes what was held back for it."""
-    name = tokenizer.token_text
-    prompt = sorted(choice.prompt.items()) if choice.prompt else ()
-    found = Output(
+    prompt: list[list[Scored]] = []
+    if choice.prompt:
+        name, found = tokenizer.token_text, sorted(choice.prompt.items())
+        prompt = [_scored(token, name) for _, token in found]
+    piece = Output(
         id=choice.request.command.id,
         index=choice.index,
         text=text,
         token_ids=choice.token_ids,
         logprobs=choice.logprobs,
-        prompt_logprobs=[_scored(token, name) for _, token in prompt],
+        prompt_logprobs=prompt,
         finish_reason=choice.sequence.finish_reason,
     )
     choice.token_ids, choice.logprobs, choice.prompt = [], [], None
-    return found
+    return piece
 
 
 def _scored(token: PromptToken, name: Callable[[int], str]) -> list[Scored]:

@@ -90,6 +90,8 @@ class Sequence:
     token_ids: list[int] = field(init=False)
     #: Of them there are so many where nothing ends the answer before.
     most_tokens: int = field(init=False)
+    #: Tokens are wanted of it; without, it ends with its prompt.
+    draws: bool = field(init=False)
     #: Tokens whose keys and values are in the cache; token ``num_computed`` is the next to run.
     num_computed: int = 0
     #: Prompt tokens found in the prefix cache at first admission.
@@ -111,11 +113,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)
         self.most_tokens = len(self.prompt_ids) + self.sampling.max_tokens
-
-    @property
-    def draws(self) -> bool:
-        """Whether tokens are wanted of it; without, it ends with its prompt."""
-        return self.pooling is None and self.sampling.max_tokens > 0
+        self.draws = self.pooling is None and self.sampling.max_tokens > 0
 
     @property
     def num_output(self) -> int:
