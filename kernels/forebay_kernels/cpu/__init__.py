@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from forebay_kernels.cpu.library import available, enabled, set_threads
-from forebay_kernels.cpu.linear import PackedLinear, pack
+from forebay_kernels.cpu.linear import DenseLinear, PackedLinear, pack
 from forebay_kernels.cpu.memory import borrow_from
+from forebay_kernels.cpu.screen import Screen, screens
 
-__all__ = ["PackedLinear", "available", "borrow_from", "enabled", "pack", "set_threads"]
+__all__ = [
+    "DenseLinear",
+    "PackedLinear",
+    "Screen",
+    "available",
+    "borrow_from",
+    "enabled",
+    "pack",
+    "screens",
+    "set_threads",
+]

@@ -50,6 +50,28 @@ class QuantizedMatrix(Structure):
     ]
 
 
+class ScreenMatrix(Structure):
+    """Packed weights rounded to int8, and how far from the weights they are."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        ("panels", c_void_p),
+        ("scale", c_void_p),  # [panels * 32] float32, as the other two
+        ("error", c_void_p),
+        ("length", c_void_p),
+        ("out", c_int64),
+        ("into", c_int64),
+    ]
+
+
+class Draws(Structure):
+    """What is drawn behind each row."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        ("inverse", c_void_p),  # [rows] float32: 1 / temperature, or 0: greedy
+        ("keys", c_void_p),  # [rows] uint64
+    ]
+
+
 class AttentionArgs(Structure):
     """One layer's attention of a step; strides in elements."""
 
@@ -122,6 +144,16 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "linear": (
         None,
         [POINTER(DenseMatrix), _INT, _POINTER, _LONG, _LONG, _POINTER, _LONG],
+    ),
+    "linear_panels": (
+        None,
+        [POINTER(DenseMatrix), _INT, _POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _LONG],
+    ),
+    "screens": (_INT, []),
+    "make_screen": (None, [_INT, _POINTER, _LONG, POINTER(ScreenMatrix)]),
+    "screen": (
+        _LONG,
+        [POINTER(ScreenMatrix), _INT, _POINTER, _LONG, _LONG, POINTER(Draws), _POINTER, _LONG],
     ),
     "quantized_linear": (
         None,

@@ -32,7 +32,7 @@ class PackedLinear:
     ) -> None:
         self._kernel, self._address = kernel, ctypes.byref(matrix)
         self._matrix, self._held = matrix, held  # what the address points to
-        self._out, self._into = matrix.out, matrix.into
+        self.out, self._into = matrix.out, matrix.into
         self._dtypes = dtypes
 
     @property
@@ -42,23 +42,45 @@ class PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[tokens, in] -> [tokens, out]``."""
-        tokens, into = x.shape
-        if into != self._into or x.dtype not in self._dtypes:
-            takes = " or ".join(map(str, self._dtypes))
-            raise ValueError(f"{x.dtype} {list(x.shape)}, but it takes {takes} [.., {self._into}]")
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        out = torch.empty((tokens, self._out), dtype=x.dtype)
-        self._kernel(
+        return self._run(self._kernel, x, self.out)
+
+    def _run(self, kernel: Any, x: Tensor, width: int, *more: int) -> Tensor:
+        """``[tokens, in] -> [tokens, width]``, by a kernel that takes ``more`` in the end."""
+        x = self.taken(x)
+        out = torch.empty((len(x), width), dtype=x.dtype)
+        kernel(
             self._address,
             x.element_size(),
             x.data_ptr(),
             x.stride(0),
-            tokens,
+            len(x),
             out.data_ptr(),
-            self._out,
+            width,
+            *more,
         )
         return out
+
+    def taken(self, x: Tensor) -> Tensor:
+        """The input ``[tokens, in]`` as kernels read it: each token without gaps.
+
+        :raises ValueError: its type or width is another.
+        """
+        if x.shape[1] != self._into or x.dtype not in self._dtypes:
+            takes = " or ".join(map(str, self._dtypes))
+            raise ValueError(f"{x.dtype} {list(x.shape)}, but it takes {takes} [.., {self._into}]")
+        return x if x.stride(1) == 1 else x.contiguous()
+
+
+class DenseLinear(PackedLinear):
+    """The same over plain weights, of which some panels can be asked for."""
+
+    def panels(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """Their columns only, to the same bits: ``[tokens, in] -> [tokens, panels * 32]``.
+
+        :param chosen: ``[panels] int32``. Columns past the last of all hold anything.
+        """
+        count = len(chosen)
+        return self._run(library().linear_panels, x, count * PANEL, chosen.data_ptr(), count)
 
 
 def pack(matrix: Matrix, bias: Tensor | None = None) -> PackedLinear | None:
@@ -79,11 +101,11 @@ def pack(matrix: Matrix, bias: Tensor | None = None) -> PackedLinear | None:
     return None
 
 
-def _dense(weight: Tensor, bias: Tensor | None) -> PackedLinear:
+def _dense(weight: Tensor, bias: Tensor | None) -> DenseLinear:
     panels = packed(weight)
     matrix = DenseMatrix(panels.data_ptr(), _address(bias), *weight.shape)
     held = [panels] if bias is None else [panels, bias]
-    return PackedLinear(library().linear, matrix, (weight.dtype,), *held)
+    return DenseLinear(library().linear, matrix, (weight.dtype,), *held)
 
 
 def _int4(

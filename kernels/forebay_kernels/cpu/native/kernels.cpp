@@ -3,6 +3,7 @@
 #include "linear.h"
 #include "quantized.h"
 #include "rows.h"
+#include "screen.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -40,15 +41,47 @@ void forebay_pack(const char *w, int64_t stride, int64_t out, int64_t row_bytes,
     pack(w, stride, out, row_bytes, to);
 }
 
-void forebay_linear(const DenseMatrix *matrix, int32_t element, const void *x, int64_t x_stride,
-                    int64_t rows, void *out, int64_t out_stride) {
+// `chosen`: the panels that are computed, side by side; null: the first `count`.
+void forebay_linear_panels(const DenseMatrix *matrix, int32_t element, const void *x,
+                           int64_t x_stride, int64_t rows, void *out, int64_t out_stride,
+                           const int32_t *chosen, int64_t count) {
     Turn turn(Pool::instance().turn());
     if (element == FLOAT)
         linear<Floats>(*matrix, static_cast<const float *>(x), x_stride, rows,
-                       static_cast<float *>(out), out_stride);
+                       static_cast<float *>(out), out_stride, chosen, count);
     else
         linear<Halves>(*matrix, static_cast<const bf16 *>(x), x_stride, rows,
-                       static_cast<bf16 *>(out), out_stride);
+                       static_cast<bf16 *>(out), out_stride, chosen, count);
+}
+
+void forebay_linear(const DenseMatrix *matrix, int32_t element, const void *x, int64_t x_stride,
+                    int64_t rows, void *out, int64_t out_stride) {
+    forebay_linear_panels(matrix, element, x, x_stride, rows, out, out_stride, nullptr,
+                          ceil_div(matrix->out, PANEL));
+}
+
+int32_t forebay_screens() {
+#if defined(__AVX512VNNI__)
+    return 1;
+#else
+    return 0;  // products of bytes are no faster than those of floats
+#endif
+}
+
+void forebay_make_screen(int32_t element, const void *w, int64_t stride, const ScreenMatrix *to) {
+    Turn turn(Pool::instance().turn());
+    if (element == FLOAT)
+        make_screen(static_cast<const float *>(w), stride, *to);
+    else
+        make_screen(static_cast<const bf16 *>(w), stride, *to);
+}
+
+int64_t forebay_screen(const ScreenMatrix *matrix, int32_t element, const void *x, int64_t x_stride,
+                       int64_t rows, const Draws *draws, int32_t *found, int64_t most) {
+    Turn turn(Pool::instance().turn());
+    if (element == FLOAT)
+        return screen(*matrix, static_cast<const float *>(x), x_stride, rows, *draws, found, most);
+    return screen(*matrix, static_cast<const bf16 *>(x), x_stride, rows, *draws, found, most);
 }
 
 void forebay_quantized_linear(const QuantizedMatrix *matrix, int32_t element, const void *x,

@@ -14,6 +14,8 @@ struct DenseMatrix {
     int64_t out, into;
 };
 
+constexpr long INPUT_BYTES = 1 << 19;
+
 // Memory that grows and is used again; a job has it for itself.
 template <class T, int WHICH>
 T *scratch(long count) {
@@ -51,15 +53,15 @@ const float *interleaved(const T *x, long stride, long rows, long width, long pa
     return all;
 }
 
+// Of a panel's columns: `left` of them are there, to `out`.
 template <class T>
-INLINE void finish(F32 (&sums)[WIDE], const float *bias, long column, long columns, T *out) {
+INLINE void finish(F32 (&sums)[WIDE], const float *bias, long left, T *out) {
 #pragma GCC unroll 4
-    for (int j = 0; j < WIDE; j++, column += LANES) {
-        long left = columns - column;
+    for (int j = 0; j < WIDE; j++, left -= LANES) {
         if (left <= 0) return;
         F32 value = sums[j];
-        if (bias) value += read(bias + column, left);
-        write(out + column, value, left);
+        if (bias) value += read(bias + j * LANES, left);
+        write(out + j * LANES, value, left);
     }
 }
 
@@ -71,7 +73,7 @@ struct DensePanel {
 
     const DenseMatrix &matrix;
     const float *x;  // interleaved
-    T *out;
+    T *out;          // where the panel's columns go
     long out_stride, rows, panel;
     float *sums;  // [rows, PANEL] so far, of several tiles
 
@@ -115,10 +117,12 @@ struct DensePanel {
                 for (int i = 0; i < ROWS; i++)
                     for (int j = 0; j < WIDE; j++) sums[i][j] = read(so_far + i * PANEL + j * LANES);
             multiply<Kind, ROWS>(sums, x, weights, steps, ahead);
+            long column = all.panel * PANEL;
+            const float *bias = all.matrix.bias ? all.matrix.bias + column : nullptr;
             if (ends)
 #pragma GCC unroll 16
                 for (int i = 0; i < ROWS; i++)
-                    finish(sums[i], all.matrix.bias, all.panel * PANEL, all.matrix.out,
+                    finish(sums[i], bias, all.matrix.out - column,
                            all.out + (first + i) * all.out_stride);
             else
 #pragma GCC unroll 16
@@ -142,18 +146,25 @@ void by_panels(long panels, long panel_bytes, Body &&body) {
     });
 }
 
+// Of all panels, or of those `chosen` only, whose columns then lie side by side.
 template <class Kind>
 void linear(const DenseMatrix &matrix, const typename Kind::Element *x, long x_stride, long rows,
-            typename Kind::Element *out, long out_stride) {
+            typename Kind::Element *out, long out_stride, const int32_t *chosen, long count) {
     constexpr long PARTS = Kind::PARTS;
     long steps = ceil_div(matrix.into, PER_STEP<Kind>);
+    // As many rows at a time as stay in the second cache while panels pass by.
+    long most = INPUT_BYTES / (steps * PARTS * long(sizeof(float))) / TALLEST * TALLEST;
+    if (most < TALLEST) most = TALLEST;
+    for (; rows > most; rows -= most, x += most * x_stride, out += most * out_stride)
+        linear<Kind>(matrix, x, x_stride, most, out, out_stride, chosen, count);
     const float *input = interleaved(x, x_stride, rows, matrix.into, steps * PARTS,
                                      DensePanel<Kind>::BLOCK * PARTS);
     static std::vector<float> sums[Pool::MOST_THREADS];
-    by_panels(ceil_div(matrix.out, PANEL), steps * STEP, [&](long panel, int thread) {
+    by_panels(count, steps * STEP, [&](long number, int thread) {
         if (rows > TALLEST) sums[thread].resize(size_t(rows * PANEL));
         float *mine = sums[thread].data();
-        DensePanel<Kind>{matrix, input, out, out_stride, rows, panel, mine}.run();
+        long panel = chosen ? chosen[number] : number;
+        DensePanel<Kind>{matrix, input, out + number * PANEL, out_stride, rows, panel, mine}.run();
     });
 }
 

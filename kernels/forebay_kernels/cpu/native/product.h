@@ -87,12 +87,12 @@ INLINE void multiply(typename Kind::Sum (&sums)[ROWS][WIDE], const typename Kind
     }
 }
 
-// The same with x as [step][part][row]: one stream to read, and one address. As many bytes as the
-// panel has are fetched from `ahead` on meanwhile.
+// The same with x as [step][part][row]: one stream to read, and one address. Meanwhile `pace` bytes a
+// step, STEP at most, are fetched from `ahead` on.
 template <class Kind, int ROWS>
 INLINE void multiply(typename Kind::Sum (&sums)[ROWS][WIDE], const typename Kind::Input *x,
-                     const char *panel, long steps, const char *ahead) {
-    for (long s = 0; s < steps; s++, panel += STEP, x += Kind::PARTS * ROWS, ahead += STEP) {
+                     const char *panel, long steps, const char *ahead, long pace = STEP) {
+    for (long s = 0; s < steps; s++, panel += STEP, x += Kind::PARTS * ROWS, ahead += pace) {
         U32 weight[WIDE];
 #pragma GCC unroll 4
         for (int j = 0; j < WIDE; j++) {

@@ -174,9 +174,11 @@ void quantized_linear(const QuantizedMatrix &matrix, const T *x, long x_stride, 
             QuantizedTile<8>{matrix, input, mine, panel, codes}.all(rows);
         else
             QuantizedTile<4>{matrix, input, mine, panel, codes}.all(rows);
+        long column = panel * PANEL;
+        const float *bias = matrix.bias ? matrix.bias + column : nullptr;
         for (long i = 0; i < rows; i++) {
             F32 row[WIDE] = {read(mine + i * PANEL), read(mine + i * PANEL + LANES)};
-            finish(row, matrix.bias, panel * PANEL, matrix.out, out + i * out_stride);
+            finish(row, bias, matrix.out - column, out + i * out_stride + column);
         }
     });
 }

@@ -20,6 +20,7 @@ using U16 = uint16_t __attribute__((vector_size(32)));
 using U8 = uint8_t __attribute__((vector_size(16)));
 
 constexpr int LANES = 16;
+constexpr U32 COUNTING = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 template <class V, class T>
 INLINE V load(const T *from) {
@@ -103,11 +104,15 @@ INLINE float sum(F32 x) {
 }
 
 INLINE float largest(F32 x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)x);
+#else
     float lane[LANES];
     store(lane, x);
     float most = lane[0];
     for (float value : lane) most = value > most ? value : most;
     return most;
+#endif
 }
 
 // e^x to about 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
