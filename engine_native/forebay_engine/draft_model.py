@@ -23,7 +23,7 @@ from forebay_engine.costs import StepCosts, measured
 from forebay_engine.hf_config import ModelConfig, ModelError, ModelShape, TransformersShape
 from forebay_engine.layers import LayerCache
 from forebay_engine.models import build_model, read_shape
-from forebay_engine.sampler import sample
+from forebay_engine.sampler import draw
 from forebay_engine.step import NO_TOKEN, Guessed, Lookahead, Row, Sampled, StepPlan
 from forebay_engine.weights import Weights
 
@@ -143,8 +143,8 @@ class DraftModel:
         asking = [row for row in rows if row.sample]
         if not asking:
             return {}
-        logits = self._model.logits(hidden[batch.sample_at])  # [rows, vocab]
-        return {item.seq_id: item.token_id for item in sample(logits, asking, self._eos)}
+        drawn = draw(self._model, hidden[batch.sample_at], asking, self._eos)
+        return {item.seq_id: item.token_id for item in drawn}
 
     def _begin(self, row: Row, lookahead: Lookahead, drawn: Items[int]) -> _Way:
         """Up to the last token drawn if guesses are to follow, or else up to what is computed."""

@@ -304,20 +304,6 @@ def _choice(name: str, known: dict[str, Part]) -> Part:
     return known[name]
 
 
-def head(config: ModelConfig, weights: Weights, embedding: Tensor) -> Part:
-    """The output layer; config.json may say that it is the embedding ``[vocab, hidden]``."""
-    if config.headless:
-        return _no_head
-    if not config.tie_word_embeddings:
-        return linear(weights, "lm_head", *embedding.shape, bias=False)
-    weights.skip(["lm_head.weight"])
-    return Linear(weights.tied(embedding))
-
-
-def _no_head(hidden: Tensor) -> Tensor:
-    raise ModelError("this model has no output layer: it gives embeddings, not tokens")
-
-
 def linear(
     weights: Weights, name: str, out: int, into: int, *, bias: bool, transposed: bool = False
 ) -> Linear:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Condition
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,9 +15,15 @@ from forebay_kernels import matrix as matrices
 from forebay_kernels.matrix import Dense, Matrix, Reordered
 
 Product = Callable[[Tensor], Tensor]
+R = TypeVar("R")
 
 #: Lays out weights while others are read, and while the tokenizer is.
 _packer = ThreadPoolExecutor(1, "forebay-pack")
+
+
+def in_turn(job: Callable[[], R]) -> Future[R]:
+    """Run it behind what is being laid out."""
+    return _packer.submit(job)
 
 
 class Backlog:
@@ -63,6 +70,11 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         """``[tokens, in] -> [tokens, out]``."""
         return self._product(x)
+
+    @property
+    def product(self) -> Product:
+        """What multiplies; of weights that wait to be laid out, what would do so first."""
+        return self._product
 
     def _settle(self, x: Tensor) -> Tensor:
         """The first product: what it needs is under way, or depends on ``x``."""

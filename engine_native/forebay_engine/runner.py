@@ -18,7 +18,7 @@ from forebay_engine.guided_masks import MaskThread
 from forebay_engine.loading import Checkpoint
 from forebay_engine.memory import KV_BYTES
 from forebay_engine.ready_memory import ReadyMemory
-from forebay_engine.sampler import sample
+from forebay_engine.sampler import draw
 from forebay_engine.scoring import score_prompts
 from forebay_engine.sequence import SamplingParams
 from forebay_engine.step import Row, Sampled, StepPlan, StepResult
@@ -114,8 +114,8 @@ class Runner:
             pooled = pool(hidden, plan.rows)
             sampled: tuple[Sampled, ...] = ()
             if rows:
-                logits = self._model.logits(hidden[batch.sample_at])  # [places, vocab]
-                sampled = sample(logits, rows, self.eos_token_ids, masks.result())
+                places = hidden[batch.sample_at]  # [places, hidden]
+                sampled = draw(self._model, places, rows, self.eos_token_ids, masks.result)
             guessed = self._draft.guess(plan.rows, sampled) if self._draft else ()
             prompt = score_prompts(hidden, plan.rows, self._model.logits)
             return StepResult(sampled, pooled, guessed, prompt)

@@ -14,9 +14,10 @@ that of seed and position. All of it is a function of the tokens before the plac
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -54,6 +55,50 @@ class Place:
     allowed: Tensor | None = None  # [vocab] bool
 
 
+class Model(Protocol):
+    """What is asked behind the last hidden states."""
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+    def shortlist(
+        self, hidden: Tensor, temperatures: Items[float], keys: Items[int]
+    ) -> tuple[Tensor, Tensor] | None: ...
+
+
+def draw(
+    model: Model,
+    hidden: Tensor,
+    rows: Items[Row],
+    eos_token_ids: frozenset[int],
+    masks: Callable[[], Mapping[int, Tensor]] = dict,
+) -> tuple[Sampled, ...]:
+    """Tokens for each row from hidden states, with all logits where they are needed only.
+
+    :param hidden: ``[places, hidden]``; a row has ``1 + len(draft)`` places, one behind the other.
+    :param masks: what ``sample`` takes as ``allowed``; called once the logits are there.
+    """
+    found = _shortlist(model, hidden, rows) if all(map(_is_plain, rows)) else None
+    if found is None:
+        return sample(model.logits(hidden), rows, eos_token_ids, masks())
+    logits, ids = found
+    likeliest = _likeliest(logits, rows)
+
+    def choose(at: int, place: Place) -> int:
+        params = place.sampling
+        if params.temperature == 0:
+            return int(ids[likeliest[at]])
+        return _draw(logits[at].float() / params.temperature, ids, _key(place))
+
+    return tuple(Sampled(row.seq_id, token) for row, _, token in _accepted(rows, {}, choose))
+
+
+def _shortlist(model: Model, hidden: Tensor, rows: Items[Row]) -> tuple[Tensor, Tensor] | None:
+    places = [place for row in rows for place in _places(row, None)]
+    return model.shortlist(
+        hidden, [place.sampling.temperature for place in places], [_key(p) for p in places]
+    )
+
+
 def sample(
     logits: Tensor,
     rows: Items[Row],
@@ -66,17 +111,29 @@ def sample(
     :param allowed: of guided sequences, by ``seq_id``: ``[1 + len(draft), vocab]`` bool.
     """
     likeliest = _likeliest(logits, rows)
-    found: list[Sampled] = []
+
+    def choose(at: int, place: Place) -> int:
+        if _is_plain_greedy(place):
+            return likeliest[at]
+        return _choose(logits[at], place, eos_token_ids)
+
+    return tuple(
+        _sampled(logits[at], row, token) for row, at, token in _accepted(rows, allowed, choose)
+    )
+
+
+def _accepted(
+    rows: Items[Row], allowed: Mapping[int, Tensor], choose: Callable[[int, Place], int]
+) -> Iterator[tuple[Row, int, int]]:
+    """Row, number of the place, and token: of the guesses that came true, and of one more."""
     first = 0
     for row in rows:
         for at, place in enumerate(_places(row, allowed.get(row.seq_id)), first):
-            plain = _is_plain_greedy(place)
-            token = likeliest[at] if plain else _choose(logits[at], place, eos_token_ids)
-            found.append(_sampled(logits[at], row, token))
+            token = choose(at, place)
+            yield row, at, token
             if row.draft[at - first : at - first + 1] != (token,):
                 break
         first += 1 + len(row.draft)
-    return tuple(found)
 
 
 def _likeliest(logits: Tensor, rows: Items[Row]) -> list[int]:
@@ -93,6 +150,24 @@ def _places(row: Row, allowed: Tensor | None) -> Iterator[Place]:
         before = known if number == 0 else [*known, *row.draft[:number]]
         mask = None if allowed is None else allowed[number]
         yield Place(before, row.num_prompt, row.sampling, mask)
+
+
+def _is_plain(row: Row) -> bool:
+    """Whether its draws are the largest sums of logit and noise, and no more is wanted of them."""
+    params = row.sampling
+    return (
+        params.logprobs is None
+        and row.guide is None
+        and params.watermark is None
+        and not (params.logit_bias or params.allowed_token_ids or params.bad_words)
+        and not _has_penalty(params)
+        and len(row.token_ids) - row.num_prompt >= params.min_tokens
+        and (params.temperature == 0 or not _truncates(params))
+    )
+
+
+def _truncates(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0 or params.typical_p < 1.0
 
 
 def _is_plain_greedy(place: Place) -> bool:
@@ -146,8 +221,12 @@ def _choose(logits: Tensor, place: Place, eos_token_ids: frozenset[int]) -> int:
     logits, ids = keep(logits.div_(params.temperature), params)
     if mark and marked and mark.scheme == "gumbel":
         return _draw(logits, ids, marked[0])
-    # The token to draw stands at this position, however the tokens before it were batched.
-    return _draw(logits, ids, position_key(params.seed, len(place.token_ids)))
+    return _draw(logits, ids, _key(place))
+
+
+def _key(place: Place) -> int:
+    """The token to draw stands at this position, however the tokens before it were batched."""
+    return position_key(place.sampling.seed, len(place.token_ids))
 
 
 def _ban(logits: Tensor, place: Place, eos_token_ids: frozenset[int]) -> None:

@@ -89,6 +89,18 @@ def test_an_own_head_is_counted_once_and_float16_becomes_float32(tmp_path: Path)
     assert weight_bytes(tmp_path, "bfloat16", "int4") == 8 * 1024 * (2 + 1)
 
 
+@pytest.mark.parametrize("head", ["lm_head.weight", None])
+def test_the_copy_in_int8_of_a_large_head_is_counted(head: str | None, tmp_path: Path) -> None:
+    matrix = torch.zeros(1024, 16, dtype=torch.bfloat16)
+    tensors = {"model.embed_tokens.weight": matrix} | ({head: matrix + 1} if head else {})
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    plain, figures = 2 * matrix.nbytes, 3 * 4 * 1024
+    assert weight_bytes(tmp_path, "auto") == plain + 1024 * 16 + figures
+    assert weight_bytes(tmp_path, "float32") == 2 * plain + 1024 * 16 + figures
+    assert weight_bytes(tmp_path, "auto", "int8") == plain - matrix.nbytes // 2
+    assert weight_bytes(tmp_path, "auto", on_gpu=True) == (plain if head else plain // 2)
+
+
 @pytest.mark.parametrize(
     ("quantization", "dtype", "kib"),
     [("none", "auto", 8 * 2 + 4 * 2 + 4 * 1), ("fp8", "auto", 8 * (2 + 1) + 4 * 1 + 4 * 1)],

@@ -7,6 +7,7 @@ that the runner calls. Decoders that have no class here are run by transformers'
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence as Items
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +15,7 @@ from typing import Protocol
 from torch import Tensor
 
 import forebay_kernels as kernels
+from forebay_engine.head import Shortlist
 from forebay_engine.hf_config import (
     HEADLESS,
     ModelConfig,
@@ -64,6 +66,15 @@ class Model(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[rows, hidden] -> [rows, vocab]``."""
+        ...
+
+    def shortlist(
+        self, hidden: Tensor, temperatures: Items[float], keys: Items[int]
+    ) -> Shortlist | None:
+        """Logits among which what each row draws must be; None: all are needed.
+
+        It draws the largest of logit / temperature + noise under its key; of 0, without noise.
+        """
         ...
 
 

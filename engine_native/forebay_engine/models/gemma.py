@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import forebay_kernels as kernels
+from forebay_engine.head import WithHead, head
 from forebay_engine.hf_config import ModelConfig
 from forebay_engine.layers import (
     LayerCache,
@@ -20,7 +21,6 @@ from forebay_engine.layers import (
     RmsNorm,
     attention,
     gated_mlp,
-    head,
     through,
 )
 from forebay_engine.rotary import Rotary
@@ -32,7 +32,7 @@ def _norm(config: ModelConfig, weights: Weights, name: str) -> RmsNorm:
     return RmsNorm(weight, config.norm_eps, unit_offset=True)
 
 
-class Gemma2:
+class Gemma2(WithHead):
     """A Gemma 2 decoder; Gemma 3 differs by norms and by config.json."""
 
     replayable: bool = True
@@ -44,13 +44,13 @@ class Gemma2:
         # Rounded to the weights' type first: for 640 in bf16 25.25, not 25.298.
         self._embed_scale = float(torch.tensor(config.hidden_size**0.5).to(self._embedding))
         # Before the layers: it takes longest to lay out, and they are read meanwhile.
-        self._head = head(config, weights, self._embedding)
+        softcap = config.final_logit_softcapping
+        self._head = head(config, weights, self._embedding, softcap=softcap)
         self._rotary = Rotary(config.rope, config, weights.device)
         self._rotary_local = Rotary(config.rope_local, config, weights.device)
         self._sliding = config.sliding
         self._layers = [self._layer(config, weights, i) for i in range(config.num_layers)]
         self._norm = _norm(config, weights, "model.norm")
-        self._softcap = config.final_logit_softcapping
 
     def _layer(self, config: ModelConfig, weights: Weights, index: int) -> ResidualLayer:
         prefix = f"model.layers.{index}"
@@ -84,12 +84,6 @@ class Gemma2:
         whole, local = self._rotary(positions), self._rotary_local(positions)
         angles = [local if slides else whole for slides in self._sliding]
         return through(self._layers, self._norm, x, angles, caches, batch)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        logits = self._head(hidden)
-        if self._softcap is None:
-            return logits
-        return torch.tanh(logits.float() / self._softcap) * self._softcap
 
 
 class Gemma3(Gemma2):

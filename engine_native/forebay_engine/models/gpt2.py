@@ -8,13 +8,13 @@ from __future__ import annotations
 from torch import Tensor
 
 import forebay_kernels as kernels
+from forebay_engine.head import WithHead, head
 from forebay_engine.hf_config import ModelConfig
 from forebay_engine.layers import (
     Attention,
     LayerCache,
     Mlp,
     PreNormLayer,
-    head,
     layer_norm,
     linear,
 )
@@ -22,7 +22,7 @@ from forebay_engine.linear import Linear
 from forebay_engine.weights import Weights
 
 
-class Gpt2:
+class Gpt2(WithHead):
     """A GPT-2 decoder."""
 
     replayable: bool = True
@@ -74,9 +74,6 @@ class Gpt2:
         for layer, cache in zip(self._layers, caches, strict=True):
             x = layer(x, None, cache, batch)
         return self._norm(x)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self._head(hidden)
 
 
 def _scale(config: ModelConfig, index: int) -> float:

@@ -8,6 +8,7 @@ because all that is kept of a sequence are the keys and values in its pages.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import forebay_kernels as kernels
+from forebay_engine.head import Shortlist
 from forebay_engine.hf_config import ModelError, TransformersShape, read_ends
 from forebay_engine.layers import LayerCache
 from forebay_engine.linear import Linear
@@ -178,6 +180,11 @@ class TransformersModel:
         self._given.hidden = hidden.unsqueeze(0)
         logits: Tensor = self._model(use_cache=False).logits[0]
         return logits
+
+    def shortlist(
+        self, hidden: Tensor, temperatures: Items[float], keys: Items[int]
+    ) -> Shortlist | None:
+        return None  # what its own head does with the logits is not known
 
     def _hidden(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         found = self._decoder(

@@ -13,6 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 
 import forebay_kernels as kernels
+from forebay_engine.head import WithHead, head
 from forebay_engine.hf_config import ModelConfig
 from forebay_engine.layers import (
     LayerCache,
@@ -21,14 +22,13 @@ from forebay_engine.layers import (
     RmsNorm,
     attention,
     gated_mlp,
-    head,
     through,
 )
 from forebay_engine.rotary import Rotary
 from forebay_engine.weights import Weights
 
 
-class Llama:
+class Llama(WithHead):
     """A Llama decoder; the others of the family differ by these flags and by config.json."""
 
     replayable: bool = True
@@ -78,9 +78,6 @@ class Llama:
         x = kernels.embedding(token_ids, self._embedding)
         angles = [self._rotary(positions)] * len(self._layers)
         return through(self._layers, self._norm, x, angles, caches, batch)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self._head(hidden)
 
 
 def _norm(config: ModelConfig, weights: Weights, name: str) -> RmsNorm:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 import forebay_kernels as kernels
+from forebay_engine.head import WithHead, head
 from forebay_engine.hf_config import ModelConfig
 from forebay_engine.layers import (
     Attention,
@@ -17,7 +18,6 @@ from forebay_engine.layers import (
     Mlp,
     Part,
     PreNormLayer,
-    head,
     layer_norm,
     linear,
     merged,
@@ -45,7 +45,7 @@ class PostNormLayer:
         return self._mlp_norm(x + self._mlp(x))
 
 
-class Opt:
+class Opt(WithHead):
     """An OPT decoder."""
 
     replayable: bool = True
@@ -88,9 +88,6 @@ class Opt:
         if self._norm is not None:
             x = self._norm(x)
         return x if self._project_out is None else self._project_out(x)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self._head(hidden)
 
 
 def _parts(

@@ -16,6 +16,7 @@ from ctypes import byref, c_float, c_uint64
 import torch
 from torch import Tensor
 
+from forebay_kernels.cpu import memory
 from forebay_kernels.cpu.library import Draws, ScreenMatrix, available, library
 from forebay_kernels.cpu.linear import PANEL, DenseLinear
 
@@ -39,8 +40,7 @@ class Screen:
         kernels = library()
         panels = -(-out // PANEL)
         self._product = product
-        rounded = torch.empty(kernels.packed_bytes(out, into), dtype=torch.uint8)
-        kernels.huge_pages(rounded.data_ptr(), rounded.numel())
+        rounded = memory.panels(kernels.packed_bytes(out, into))
         figures = torch.empty(3, panels * PANEL)
         self._held = (rounded, figures)  # what the matrix points to
         self._matrix = ScreenMatrix(
