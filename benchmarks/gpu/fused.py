@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from cases import Case
+from cases import Case, Make
 from torch import Tensor
 
 import forebay_kernels as kernels
@@ -44,67 +45,78 @@ _TOLERANCE, _FP8_TOLERANCE = 6e-3, 0.1
 _GOAL, _MANY = 0.8, 8192
 
 
-def cases(device: torch.device, small: bool) -> Iterator[Case]:
+def cases(device: torch.device, small: bool) -> Iterator[Make]:
     for model in _SMALL if small else _MODELS:
         for tokens in (1, 3) if small else _TOKENS:
             goal = _GOAL if tokens >= _MANY else None
-            yield from _rows(device, model, tokens, goal)
+            for rows in (_add_rms_norm, _select_rms_norm, _silu_mul, _embedding):
+                yield partial(rows, device, model, tokens, goal)
+            yield partial(_rotary_angles, device, model, tokens)
             for fp8 in (False, True):
-                yield _prepare(device, model, tokens, goal, fp8=fp8)
+                yield partial(_prepare, device, model, tokens, goal, fp8=fp8)
 
 
-def _rows(device: torch.device, model: _Model, tokens: int, goal: float | None) -> Iterator[Case]:
-    """Of whole rows: norms, gate, embedding, angles."""
-    shape = f"{model.name}, {tokens} tokens"
-    rows = 2 * tokens * model.width  # bytes
+def _add_rms_norm(device: torch.device, model: _Model, tokens: int, goal: float | None) -> Case:
     x, weight = _values(device, tokens, model.width), _weights(device, model.width)
     added = x * 2.0**-10
-    yield Case(
-        name=f"add_rms_norm: {shape}",
+    return Case(
+        name=f"add_rms_norm: {model.name}, {tokens} tokens",
         run=lambda: kernels.add_rms_norm(x, added, None, weight, 1e-6),
         reference=lambda: reference.rms_norm(x.float(), weight, 1e-6),
         tolerance=_TOLERANCE,
-        bytes=4 * rows + 4 * model.width,
+        bytes=4 * x.nbytes + weight.nbytes,
         goal=goal,
     )
+
+
+def _select_rms_norm(device: torch.device, model: _Model, tokens: int, goal: float | None) -> Case:
+    x, weight = _values(device, tokens, model.width), _weights(device, model.width)
     at = torch.arange(tokens, device=device).flip(0)
-    yield Case(
-        name=f"select_rms_norm: {shape}",
+    return Case(
+        name=f"select_rms_norm: {model.name}, {tokens} tokens",
         run=lambda: kernels.select_rms_norm(x, at, weight, 1e-6),
         reference=lambda: reference.select_rms_norm(x.float(), at, weight, 1e-6),
         tolerance=_TOLERANCE,
-        bytes=2 * rows + 4 * model.width + 8 * tokens,
+        bytes=2 * x.nbytes + weight.nbytes + at.nbytes,
         goal=goal,
     )
+
+
+def _silu_mul(device: torch.device, model: _Model, tokens: int, goal: float | None) -> Case:
     both = _values(device, tokens, 2 * model.inner)
-    yield Case(
-        name=f"silu_mul: {shape}",
+    return Case(
+        name=f"silu_mul: {model.name}, {tokens} tokens",
         run=lambda: kernels.silu_mul(both),
         reference=lambda: reference.silu_mul(both.float()),
         tolerance=_TOLERANCE,
-        bytes=2 * 3 * tokens * model.inner,
+        bytes=3 * both.nbytes // 2,
         goal=goal,
     )
+
+
+def _embedding(device: torch.device, model: _Model, tokens: int, goal: float | None) -> Case:
     table = _values(device, model.vocab, model.width)
-    token_ids = torch.randint(
-        model.vocab, (tokens,), generator=torch.Generator().manual_seed(1)
-    ).to(device)
-    yield Case(
-        name=f"embedding: {shape}",
+    random = torch.Generator().manual_seed(1)
+    token_ids = torch.randint(model.vocab, (tokens,), generator=random).to(device)
+    return Case(
+        name=f"embedding: {model.name}, {tokens} tokens",
         run=lambda: kernels.embedding(token_ids, table, 25.25),
         reference=lambda: reference.embedding(token_ids, table, 25.25),
         tolerance=_TOLERANCE,
-        bytes=2 * rows + 8 * tokens,
+        bytes=4 * tokens * model.width + token_ids.nbytes,
         goal=goal,
     )
+
+
+def _rotary_angles(device: torch.device, model: _Model, tokens: int) -> Case:
     positions = torch.arange(1, tokens + 1, device=device)
     frequency = _frequency(model.dim, device)
-    yield Case(
-        name=f"rotary_angles: {shape}",
+    return Case(
+        name=f"rotary_angles: {model.name}, {tokens} tokens",
         run=lambda: kernels.rotary_angles(positions, frequency, 1.0),
         reference=lambda: reference.rotary_angles(positions, frequency, 1.0),
         tolerance=1e-5,
-        bytes=4 * tokens * model.dim + 8 * tokens,
+        bytes=4 * tokens * model.dim + positions.nbytes,
     )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
-from cases import Case
+from cases import Case, Make
 from torch import Tensor
 
 from forebay_kernels import reference
@@ -34,16 +34,23 @@ _TOKENS = (1, 64, 256, 4096)
 _MANY = 4096
 
 
-def cases(device: torch.device, small: bool) -> Iterator[Case]:
+def cases(device: torch.device, small: bool) -> Iterator[Make]:
     # Triton's interpreter multiplies bfloat16 wrongly.
     dtype = torch.float16 if small else torch.bfloat16
     for model in _SMALL if small else _MODELS:
         for fp8 in (False, True):
-            gate_up = _matrices(device, dtype, model, 2 * model.inner, model.hidden, fp8=fp8)
-            down = _matrices(device, dtype, model, model.hidden, model.inner, fp8=fp8)
-            packed = moe.pack_experts(gate_up, down, dtype)
+            experts = cache(partial(_experts, device, dtype, model, fp8))
             for tokens in (3,) if small else _TOKENS:
-                yield _case(device, dtype, model, tokens, gate_up, down, packed)
+                yield partial(_case, device, dtype, model, tokens, experts)
+
+
+_Experts = tuple[list[Matrix], list[Matrix], moe.PackedExperts]
+
+
+def _experts(device: torch.device, dtype: torch.dtype, model: _Model, fp8: bool) -> _Experts:
+    gate_up = _matrices(device, dtype, model, 2 * model.inner, model.hidden, fp8=fp8)
+    down = _matrices(device, dtype, model, model.hidden, model.inner, fp8=fp8)
+    return gate_up, down, moe.pack_experts(gate_up, down, dtype)
 
 
 def _case(
@@ -51,10 +58,9 @@ def _case(
     dtype: torch.dtype,
     model: _Model,
     tokens: int,
-    gate_up: list[Matrix],
-    down: list[Matrix],
-    packed: moe.PackedExperts,
+    experts: Callable[[], _Experts],
 ) -> Case:
+    gate_up, down, packed = experts()
     x = torch.randn(tokens, model.hidden, device=device, dtype=dtype)
     logits = torch.randn(tokens, model.experts, device=device, dtype=dtype)
     route = partial(moe.route, logits, model.top_k, normalised=True)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from msgspec import Struct, convert, to_builtins
+from dataclasses import dataclass
 
 
-class Row(Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Row:
     """One figure; ``least``: less is better."""
 
     name: str
@@ -40,9 +39,6 @@ class Row(Struct, frozen=True):
 HEAD = "| what | measured | of the ceiling | goal | | note |\n|---|---|---|---|---|---|"
 
 
-def encoded(rows: list[Row]) -> list[dict[str, Any]]:
-    return [to_builtins(row) for row in rows]
-
-
-def decoded(data: Any) -> list[Row]:
-    return convert(data, list[Row])
+def failed(name: str, why: str) -> Row:
+    """What there is no figure of."""
+    return Row(name, None, "", note=f"**{why[:200]}**")

@@ -3,24 +3,30 @@
     python benchmarks/gpu/run.py [--only PART ...] [--minutes 9.5] [--out FOLDER] [--scratch FOLDER]
     python benchmarks/gpu/run.py --small   # on a processor: proves this program, not the speed
 
-Each part runs in a process of its own, since an illegal access on a GPU takes its process along;
-what fails, or is not reached in the time, is a line of the table too. Ceilings (a device copy,
-matrix products of torch) are measured in the same run.
+Each part runs in a process of its own, since an illegal access on a GPU takes its process along; it
+is begun again behind what did so. What fails, or is not reached in the time, is a line of the table
+too, and the table is written with each line. First all parts compile their kernels side by side,
+which one after the other would take most of the time. Ceilings (a device copy, matrix products of
+torch) are measured in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
-import platform
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from rows import HEAD, Row, failed
 
 HERE = Path(__file__).parent
 #: Modules with ``cases``.
@@ -34,32 +40,29 @@ KERNELS = (
     "moe",
     "step_inputs",
 )
-_ENGINE = "engine: "
+ENGINE = "engine: "
 #: Compared with on the model of the first setup.
-_PEERS = ("transformers", "vllm")
+PEERS = ("transformers", "vllm")
+#: Seconds that a part has at most, so that one that hangs leaves time for the others; and that all
+#: have together to compile ahead: what is not compiled by then is when it is run.
+_MOST, _AHEAD = 150.0, 120.0
 
 
 def main() -> None:
-    """Run all parts, or with ``--part`` one of them, and print its rows as JSON."""
+    """Run all parts and write their table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", metavar="PART", help="of: " + ", ".join(parts(False)))
     parser.add_argument("--minutes", type=float, default=9.5)
     parser.add_argument("--out", type=Path, help="folder for table.md and rows.json")
     parser.add_argument("--scratch", type=Path, help="folder with 20 GB for random models")
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--part", help=argparse.SUPPRESS)
-    parser.add_argument("--best", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.part:
-        print(json.dumps(_part(asked)))
-        return
     wanted = asked.only or parts(asked.small)
     unknown = set(wanted) - set(parts(asked.small))
     if unknown:
         parser.error(f"--only: no such part: {', '.join(sorted(unknown))}")
     with tempfile.TemporaryDirectory(dir=asked.scratch, prefix="forebay-gpu-") as scratch:
-        asked.scratch = Path(scratch)
-        _all(asked, wanted)
+        Run(asked.small, Path(scratch), asked.out, 60 * asked.minutes).all(wanted)
 
 
 def parts(small: bool) -> list[str]:
@@ -67,41 +70,163 @@ def parts(small: bool) -> list[str]:
     from whole import SETUPS, SMALL
 
     setups = SMALL if small else SETUPS
-    return [*KERNELS, *(_ENGINE + setup.name for setup in setups), *_PEERS]
+    return [*KERNELS, *(ENGINE + setup.name for setup in setups), *PEERS]
 
 
-def _all(asked: argparse.Namespace, wanted: list[str]) -> None:
-    from rows import HEAD, Row, decoded, encoded
+class Run:
+    """One run of the parts; ``out`` has the table, up to the line that came last."""
 
-    end = time.monotonic() + 60 * asked.minutes
-    first = _run(asked, "ceilings", end)
-    if isinstance(first, str):
-        raise SystemExit(f"the ceilings could not be measured: {first}")
-    asked.best = json.dumps(first["best"])
-    rows: list[Row] = []
-    print(first["about"], HEAD, sep="\n\n", flush=True)
-    for part in wanted:
-        found = _run(asked, part, end)
-        new = (
-            [Row(part, None, "", note=f"**{found}**")] if isinstance(found, str) else decoded(found)
-        )
-        for row in new:
-            print(row.line(), flush=True)
-        rows += new
-    for row in _ratios(rows):
+    def __init__(self, small: bool, scratch: Path, out: Path | None, seconds: float) -> None:
+        self._small, self._scratch, self._out = small, scratch, out
+        self._end = time.monotonic() + seconds
+        self._rows: list[Row] = []
+        self._about = ""
+        #: Of what is measured, by name.
+        self._best: dict[str, float] = {}
+        packages = ("gateway", "plugins", "engine_native", "kernels", "router_policies")
+        path = [str(HERE.parents[1] / name) for name in packages]
+        self._environment = os.environ | {"PYTHONPATH": os.pathsep.join([*path, *sys.path[1:]])}
+        if small:
+            self._environment["TRITON_INTERPRET"] = "1"
+
+    def all(self, wanted: list[str]) -> None:
+        self._part("ceilings")
+        if "copy" not in self._best:
+            raise SystemExit("the ceilings could not be measured")
+        if not self._small:
+            self._compile_ahead(wanted)
+        for part in wanted:
+            self._part(part)
+        for row in ratios(self._rows):
+            self._add(row)
+
+    def _begin(self, about: str) -> None:
+        if not self._about:
+            print(about, "", HEAD, sep="\n", flush=True)
+        self._about = about
+
+    def _add(self, row: Row) -> None:
         print(row.line(), flush=True)
-        rows.append(row)
-    if asked.out is not None:
-        asked.out.mkdir(parents=True, exist_ok=True)
-        lines = [first["about"], "", HEAD, *(row.line() for row in rows)]
-        (asked.out / "table.md").write_text("\n".join(lines) + "\n")
-        (asked.out / "rows.json").write_text(json.dumps(encoded(rows), indent=1))
+        self._rows.append(row)
+        if self._out is not None:
+            self._out.mkdir(parents=True, exist_ok=True)
+            lines = [self._about, "", HEAD, *(row.line() for row in self._rows)]
+            (self._out / "table.md").write_text("\n".join(lines) + "\n")
+            rows = json.dumps([asdict(row) for row in self._rows], indent=1)
+            (self._out / "rows.json").write_text(rows)
+
+    def _part(self, part: str) -> None:
+        """Add a part's rows: from the first measurement on, and behind each that ends it."""
+        end = min(self._end, time.monotonic() + _MOST)
+        first = 0
+        while True:
+            left = end - time.monotonic()
+            if left < 5:
+                self._add(failed(part, "not run: the time is over"))
+                return
+            number, name, open_, why = self._process(part, first, left)
+            if not why:
+                return
+            if open_:
+                self._add(failed(name, why))
+            if number is None or time.monotonic() >= end:
+                return
+            first = number + 1
+
+    def _process(self, part: str, first: int, left: float) -> tuple[int | None, str, bool, str]:
+        """Add rows of one process of a part.
+
+        What it measured last: its number, None if it came to none, its name, whether it came to no
+        end, and why the process ended before it was done; empty: it was done.
+        """
+        number, name, open_, done = None, part, True, False
+        begun = time.monotonic()
+        with tempfile.TemporaryFile("w+") as said:
+            with subprocess.Popen(
+                self._command(part, "--first", str(first)),
+                env=self._environment,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+                start_new_session=True,
+            ) as process:
+                # With those that it started itself, which hold its output open.
+                watch = threading.Timer(left, os.killpg, (process.pid, signal.SIGKILL))
+                watch.daemon = True
+                watch.start()
+                for kind, value in _told(process.stdout or ()):
+                    if kind == "begin":
+                        (number, name), open_ = value, True
+                    elif kind == "about":
+                        self._begin(value)
+                    elif kind == "best":
+                        self._best |= value
+                    elif kind == "row":
+                        self._add(Row(**value))
+                        open_ = False
+                    else:
+                        done = True
+            watch.cancel()
+            if done:
+                return number, name, open_, ""
+            if time.monotonic() - begun >= left:
+                return number, name, open_, "not done: the time is over"
+            said.seek(0)
+            text = said.read()
+        sys.stderr.write(text)
+        last = text.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
+        return number, name, open_, f"failed: {last[0]}"
+
+    def _command(self, part: str, *more: str) -> list[str]:
+        command = [sys.executable, str(HERE / "part.py"), part, "--scratch", str(self._scratch)]
+        command += ["--best", json.dumps(self._best), *more]
+        return [*command, "--small"] if self._small else command
+
+    def _compile_ahead(self, wanted: list[str]) -> None:
+        """Let parts run each kernel once, all at the same time, and write the models."""
+        end = min(self._end, time.monotonic() + _AHEAD)
+        processes = [
+            subprocess.Popen(
+                self._command(first, "--ahead", *others),
+                env=self._environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            for first, *others in _together(wanted, self._small)
+        ]
+        for process in processes:
+            try:
+                process.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
-def _ratios(rows: list[Any]) -> list[Any]:
+def _together(wanted: list[str], small: bool) -> list[list[str]]:
+    """The parts that compile anything, those of one model together, which is written once."""
+    from whole import SETUPS, SMALL
+
+    folders = {ENGINE + setup.name: setup.folder for setup in (SMALL if small else SETUPS)}
+    found: dict[str, list[str]] = {}
+    for part in wanted:
+        if part not in PEERS:
+            found.setdefault(folders.get(part, part), []).append(part)
+    return list(found.values())
+
+
+def _told(lines: Any) -> Iterator[tuple[str, Any]]:
+    """What a part says, among what libraries print."""
+    for line in lines:
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict) and found.keys() == {"kind", "value"}:
+            yield found["kind"], found["value"]
+
+
+def ratios(rows: list[Row]) -> list[Row]:
     """How much faster than in bf16 the same is with weights of four bits."""
-    from rows import Row
-
     rates = {row.name: row.value for row in rows}
     found = []
     for count, goal in ((1, 2.3), (16, 2.0)):
@@ -113,147 +238,6 @@ def _ratios(rows: list[Any]) -> list[Any]:
             name = f"Llama 3.1 8B: int4 over bf16, {count} x 1024 tokens"
             found.append(Row(name, packed / plain, "times", None, goal))
     return found
-
-
-def _run(asked: argparse.Namespace, part: str, end: float) -> Any:
-    """A part's rows, or why there are none."""
-    left = end - time.monotonic()
-    if left < 5:
-        return "not run: the time is over"
-    command = [sys.executable, __file__, "--part", part, "--scratch", str(asked.scratch)]
-    command += ["--small"] if asked.small else []
-    command += ["--best", asked.best] if asked.best else []
-    packages = ("gateway", "plugins", "engine_native", "kernels", "router_policies")
-    path = [str(HERE.parents[1] / name) for name in packages]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*path, *sys.path[1:]])}
-    if asked.small:
-        environment["TRITON_INTERPRET"] = "1"
-    try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=left, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return "not done: the time is over"
-    if done.returncode:
-        sys.stderr.write(done.stderr)
-        last = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        return f"failed: {last[-1][:200]}"
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def _part(asked: argparse.Namespace) -> Any:
-    import torch
-    from clock import Ceilings, ceilings
-    from rows import encoded
-
-    device = torch.device("cpu" if asked.small else "cuda")
-    if asked.part == "ceilings":
-        best = ceilings(device, asked.small)
-        return {"best": {"copy": best.copy, "flops": best.flops}, "about": _about(best)}
-    best = Ceilings(**json.loads(asked.best))
-    if asked.part.startswith(_ENGINE):
-        return encoded(_engine(asked, best, device))
-    if asked.part in _PEERS:
-        return encoded(_peer(asked, device))
-    return encoded(_kernel(asked.part, best, device, asked.small))
-
-
-def _about(best: Any) -> str:
-    """The day, the card, the versions and the ceilings."""
-    import torch
-    import triton
-
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    rates = ", ".join(f"{unit} {rate / 1e12:,.1f} TFLOP/s" for unit, rate in best.flops.items())
-    return (
-        f"{time.strftime('%Y-%m-%d')}, {card or 'a processor'}, torch {torch.__version__}, Triton "
-        f"{triton.__version__}. Ceilings: copy {best.copy / 1e9:,.0f} GB/s, {rates}."
-    )
-
-
-def _kernel(topic: str, best: Any, device: Any, small: bool) -> list[Any]:
-    from clock import seconds
-    from rows import Row
-
-    found = []
-    for case in importlib.import_module(topic).cases(device, small):
-        try:
-            error = _error(case)
-            took = seconds(case.run, device)
-        except Exception as failure:  # noqa: BLE001 - the others are to be measured all the same
-            said = (str(failure) or repr(failure)).splitlines()[0]
-            found.append(Row(case.name, None, "", note=f"**failed: {said[:200]}**"))
-            continue
-        least = best.least(case.bytes, case.flops, case.unit)
-        by_memory = case.bytes / best.copy >= least
-        # Triton's interpreter cuts FP8 off instead of rounding it.
-        wrong = not error <= case.tolerance * (3.0 if small else 1.0)
-        found.append(_kernel_row(case, took, by_memory, least, error, wrong))
-    return found
-
-
-def _kernel_row(
-    case: Any, took: float, by_memory: bool, least: float, error: float, wrong: bool
-) -> Any:
-    from rows import Row
-
-    amount, unit = (case.bytes / 1e9, "GB/s") if by_memory else (case.flops / 1e12, "TFLOP/s")
-    note = f"{1e6 * took:,.1f} us, off by {error:.1e}" + (" **WRONG**" if wrong else "")
-    bound = amount / least
-    goal = None if case.goal is None else case.goal * bound
-    return Row(case.name, amount / took, unit, bound, goal, note=note)
-
-
-def _error(case: Any) -> float:
-    """The norm of the difference to the reference's result over the norm of that."""
-    import torch
-
-    got, right = case.run(), case.reference()
-    pairs = zip(_several(got), _several(right), strict=True)
-    off = norm = 0.0
-    for ours, theirs in pairs:
-        difference = ours.double() - theirs.double()
-        off += float(torch.linalg.vector_norm(difference)) ** 2
-        norm += float(torch.linalg.vector_norm(theirs.double())) ** 2
-    return float((off / norm) ** 0.5) if norm else off
-
-
-def _several(values: Any) -> tuple[Any, ...]:
-    return values if isinstance(values, tuple) else (values,)
-
-
-def _engine(asked: argparse.Namespace, best: Any, device: Any) -> list[Any]:
-    from whole import Bench
-
-    setup = _setup(asked.small, asked.part.removeprefix(_ENGINE))
-    bench = Bench(setup, _folder(asked.scratch, setup, device), best)
-    return [row for measure in setup.measures for row in measure(bench)]
-
-
-def _peer(asked: argparse.Namespace, device: Any) -> list[Any]:
-    import peers
-
-    setup = _setup(asked.small)
-    folder = _folder(asked.scratch, setup, device)
-    length = 20 if asked.small else 1024
-    if asked.part == "vllm":
-        return list(peers.vllm(folder, setup.name, length))
-    return list(peers.transformers(folder, setup.name, device, length))
-
-
-def _setup(small: bool, name: str | None = None) -> Any:
-    """The setup of this name, or the first."""
-    from whole import SETUPS, SMALL
-
-    return next(one for one in (SMALL if small else SETUPS) if name in (None, one.name))
-
-
-def _folder(scratch: Path, setup: Any, device: Any) -> Path:
-    """The setup's model, which several share."""
-    import random_model
-
-    folder = scratch / f"{setup.config['model_type']}-{setup.config['hidden_size']}"
-    return folder if folder.exists() else random_model.write(folder, setup.config, device)
 
 
 if __name__ == "__main__":

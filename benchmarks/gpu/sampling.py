@@ -9,10 +9,11 @@ them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from cases import Case
+from cases import Case, Make
 from torch import Tensor
 
 from forebay_engine.gpu.sampling import fill, wants
@@ -37,22 +38,27 @@ _KINDS: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 
-def cases(device: torch.device, small: bool) -> Iterator[Case]:
+def cases(device: torch.device, small: bool) -> Iterator[Make]:
     for vocab in (300,) if small else _VOCABS:
         for count in (2,) if small else _ROWS:
-            random = torch.Generator(device).manual_seed(count)
-            logits = torch.randn((count, vocab), generator=random, device=device) * 2
-            for kind, (asked, goal) in _KINDS.items():
-                params = [SamplingParams(seed=seed, **asked) for seed in range(count)]
-                run, expected = _runs(logits.bfloat16(), params)
-                yield Case(
-                    name=f"sample: {kind}, {count} rows of {vocab}",
-                    run=run,
-                    reference=expected,
-                    tolerance=0.0,
-                    bytes=2 * logits.numel() + 8 * count,
-                    goal=goal if count == 256 else None,
-                )
+            for kind in _KINDS:
+                yield partial(_case, device, vocab, count, kind)
+
+
+def _case(device: torch.device, vocab: int, count: int, kind: str) -> Case:
+    asked, goal = _KINDS[kind]
+    random = torch.Generator(device).manual_seed(count)
+    logits = torch.randn((count, vocab), generator=random, device=device) * 2
+    params = [SamplingParams(seed=seed, **asked) for seed in range(count)]
+    run, expected = _runs(logits.bfloat16(), params)
+    return Case(
+        name=f"sample: {kind}, {count} rows of {vocab}",
+        run=run,
+        reference=expected,
+        tolerance=0.0,
+        bytes=2 * logits.numel() + 8 * count,
+        goal=goal if count == 256 else None,
+    )
 
 
 def _runs(

@@ -7,9 +7,10 @@ each row's pages twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-from cases import Case
+from cases import Case, Make
 from torch import Tensor
 
 from forebay_kernels import reference
@@ -21,16 +22,20 @@ _STEPS = {"decode": (256, 1000, 1), "chunk": (1, 8192, 8192)}
 _SMALL = {"decode": (3, 70, 1), "chunk": (1, 40, 150)}
 
 
-def cases(device: torch.device, small: bool) -> Iterator[Case]:
-    for name, (rows, start, count) in (_SMALL if small else _STEPS).items():
-        pages = -(-(start + count) // _PAGE)
-        yield Case(
-            name=f"step_inputs: {name}, {rows} rows of {count} behind {start}",
-            run=_run(step_inputs, rows, start, count, device),
-            reference=_run(reference.step_inputs, rows, start, count, device),
-            tolerance=0.0,
-            bytes=rows * (count * (4 + 3 * 8) + 2 * 4 * pages + 16),
-        )
+def cases(device: torch.device, small: bool) -> Iterator[Make]:
+    for name, step in (_SMALL if small else _STEPS).items():
+        yield partial(_case, name, *step, device)
+
+
+def _case(name: str, rows: int, start: int, count: int, device: torch.device) -> Case:
+    pages = -(-(start + count) // _PAGE)
+    return Case(
+        name=f"step_inputs: {name}, {rows} rows of {count} behind {start}",
+        run=_run(step_inputs, rows, start, count, device),
+        reference=_run(reference.step_inputs, rows, start, count, device),
+        tolerance=0.0,
+        bytes=rows * (count * (4 + 3 * 8) + 2 * 4 * pages + 16),
+    )
 
 
 def _run(
@@ -52,10 +57,10 @@ def _run(
         "block_tables": whole(1, rows, pages),
         "slots": whole(1, rows * count, dtype=torch.int64),
     }
-    starts = torch.full_like(numbers[:-1], start)
+    starts, query_starts = torch.full_like(numbers[:-1], start), numbers * count
 
     def run() -> tuple[Tensor, ...]:
-        compute(numbers[:-1], starts, numbers * count, tokens, numbers, tables, _PAGE, **out)
+        compute(numbers[:-1], starts, query_starts, tokens, numbers, tables, _PAGE, **out)
         return tuple(out.values())
 
     return run

@@ -6,11 +6,12 @@ with the one of ``bf16`` beside it. Clocks flush the L2 between runs, as a model
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from cases import Case
+from cases import Case, Make
 from torch import Tensor
 
 from forebay_kernels.gpu.linear import pack
@@ -32,33 +33,24 @@ _MANY = 65
 #: Share of the copy ceiling up to 16 tokens; where less than so many bytes are read, starting and
 #: ending take as long as reading.
 _GOAL, _SMALL_GOAL, _SMALL_BYTES = 0.7, 0.5, 16 << 20
+#: A matrix, and what the table calls it.
+_Named = tuple[str, Int4 | Int8 | GroupedInt8]
 
 
-def cases(device: torch.device, small: bool) -> Iterator[Case]:
-    for name, (out, into) in (_SMALL if small else _LAYERS).items():
+def cases(device: torch.device, small: bool) -> Iterator[Make]:
+    for name, size in (_SMALL if small else _LAYERS).items():
         for tokens in (1, 70) if small else _TOKENS:
-            x = _tokens(device, tokens, into, small)
-            yield _bf16(name, x, out)
-            yield _packed(name, x, _int4(device, out, into, 64 if small else 128), "int4")
-            yield _packed(name, x, _int8(device, out, into), "int8")
+            x = partial(_tokens, device, tokens, size[1], small)
+            yield partial(_bf16, name, x, size[0])
+            yield partial(_packed, name, x, partial(_int4, device, *size, 64 if small else 128))
+            yield partial(_packed, name, x, partial(_int8, device, *size))
             if small or (name == "gate_up" and tokens in (1, 16)):
-                yield from _rarer(name, x, out)
+                for rarer in (_between, _codebook, _grouped):
+                    yield partial(_packed, name, x, partial(rarer, device, *size))
 
 
-def _rarer(name: str, x: Tensor, out: int) -> Iterator[Case]:
-    """What quantisation on load, bitsandbytes and GGUF make."""
-    into = x.shape[1]
-    by_32 = _int4(x.device, out, into, 32)
-    between = torch.rand_like(by_32.scale) * 15
-    yield _packed(name, x, Int4(by_32.packed, by_32.scale, between, 32), "int4 by 32")
-    codes = torch.linspace(-1.0, 1.0, 16, device=x.device)
-    by_64 = _int4(x.device, out, into, 64)
-    yield _packed(name, x, Int4(by_64.packed, by_64.scale, None, 64, codes), "codebook by 64")
-    weight = _int8(x.device, out, into).weight
-    yield _packed(name, x, GroupedInt8(weight, by_32.scale, None, 32), "int8 by 32")
-
-
-def _packed(name: str, x: Tensor, matrix: Int4 | Int8 | GroupedInt8, what: str) -> Case:
+def _packed(name: str, tokens_of: Callable[[], Tensor], make: Callable[[], _Named]) -> Case:
+    x, (what, matrix) = tokens_of(), make()
     layer = pack(matrix, None, x.dtype)
     if layer is None:
         raise ValueError(f"{what}: no kernel takes it")
@@ -80,8 +72,9 @@ def _packed(name: str, x: Tensor, matrix: Int4 | Int8 | GroupedInt8, what: str) 
     )
 
 
-def _bf16(name: str, x: Tensor, out: int) -> Case:
+def _bf16(name: str, tokens_of: Callable[[], Tensor], out: int) -> Case:
     """What it is to be faster than."""
+    x = tokens_of()
     tokens, into = x.shape
     weight = torch.randn(out, into, device=x.device).to(x.dtype)
     return Case(
@@ -94,15 +87,43 @@ def _bf16(name: str, x: Tensor, out: int) -> Case:
     )
 
 
-def _int4(device: torch.device, out: int, into: int, group: int) -> Int4:
+def _int4(device: torch.device, out: int, into: int, group: int) -> _Named:
+    return "int4", _nibbles(device, out, into, group)
+
+
+def _int8(device: torch.device, out: int, into: int) -> _Named:
+    scale = (torch.rand(out, device=device) + 0.5) / 4096
+    return "int8", Int8(_bytes(device, out, into), scale)
+
+
+def _between(device: torch.device, out: int, into: int) -> _Named:
+    """As quantisation on load makes it: zeros lie between the steps."""
+    found = _nibbles(device, out, into, 32)
+    zero = torch.rand_like(found.scale) * 15
+    return "int4 by 32", Int4(found.packed, found.scale, zero, 32)
+
+
+def _codebook(device: torch.device, out: int, into: int) -> _Named:
+    """As bitsandbytes has it."""
+    found = _nibbles(device, out, into, 64)
+    codes = torch.linspace(-1.0, 1.0, 16, device=device)
+    return "codebook by 64", Int4(found.packed, found.scale, None, 64, codes)
+
+
+def _grouped(device: torch.device, out: int, into: int) -> _Named:
+    """As GGUF has it."""
+    scale = _nibbles(device, out, into, 32).scale
+    return "int8 by 32", GroupedInt8(_bytes(device, out, into), scale, None, 32)
+
+
+def _nibbles(device: torch.device, out: int, into: int, group: int) -> Int4:
     packed = torch.randint(256, (out, into // 2), dtype=torch.uint8, device=device)
     scale = (torch.rand(out, into // group, device=device) + 0.5) / 256
     return Int4(packed, scale, torch.randint_like(scale, 16), group)
 
 
-def _int8(device: torch.device, out: int, into: int) -> Int8:
-    weight = torch.randint(-128, 128, (out, into), dtype=torch.int8, device=device)
-    return Int8(weight, (torch.rand(out, device=device) + 0.5) / 4096)
+def _bytes(device: torch.device, out: int, into: int) -> Tensor:
+    return torch.randint(-128, 128, (out, into), dtype=torch.int8, device=device)
 
 
 def _tokens(device: torch.device, tokens: int, width: int, small: bool) -> Tensor:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,18 +151,3 @@ def test_it_compiles_for_hopper(compile_for_hopper: Any) -> None:
     )
     assert all(one.spilled_bytes == 0 for one in found)
     print([(one.registers, one.shared_bytes) for one in found])
-
-
-def test_the_benchmark_runs_on_small_steps(
-    monkeypatch: pytest.MonkeyPatch, device: torch.device
-) -> None:
-    """And has the outputs of the reference."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
-    found = list(import_module("step_inputs").cases(device, small=True))
-    assert [case.name.split(",")[0] for case in found] == [
-        "step_inputs: decode",
-        "step_inputs: chunk",
-    ]
-    for case in found:
-        for one, other in zip(case.run(), case.reference(), strict=True):
-            assert torch.equal(one, other)
