@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain, islice, repeat
 from operator import mul
 
 from forebay_engine.costs import StepCosts, worthwhile
@@ -47,7 +47,8 @@ class Chances:
 
     def chain(self, agreed: int, length: int) -> list[float]:
         """Of each of so many guesses, that it and all before it come true."""
-        return list(accumulate((self._of[_class(agreed, at)] for at in range(length)), mul))
+        known = self._of[_class(agreed, 0) :]
+        return list(accumulate(islice(chain(known, repeat(known[-1])), length), mul))
 
     def learn(self, guess: Guess, accepted: int, rate: float) -> None:
         """Take in that so many came true; of those behind the first failure nothing is known."""

@@ -119,6 +119,8 @@ class ImmediateSpeculation:
 
     def _guess(self, row: Row) -> Guess:
         guess = self._proposer.guess(row, self._limits.room(row))
+        if not guess.token_ids:
+            return guess
         return replace(guess, token_ids=self._limits.before_end(row, guess.token_ids))
 
 

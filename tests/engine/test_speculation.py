@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -54,6 +55,33 @@ def test_what_followed_the_longest_earlier_occurrence_is_guessed(
     tokens: list[int], guess: tuple[int, ...], agreed: int
 ) -> None:
     assert PromptLookup().guess(row(tokens), 4) == Guess(guess, agreed)
+
+
+class Counted(list[int]):
+    """Tokens, and how often one of them was looked at."""
+
+    looks = 0
+
+    def __getitem__(self, at: Any) -> Any:
+        self.looks += 1
+        return super().__getitem__(at)
+
+
+def test_looking_takes_as_much_however_long_the_text_is() -> None:
+    looks = []
+    for length in (300, 3000, 30_000):
+        # Each pair has many earlier places, none of which agrees in more than two tokens.
+        tokens = Counted(token for at in range(length) for token in (1, 2, 3 + at))
+        tokens += (1, 2)
+        proposer = PromptLookup()
+        while not (guess := proposer.guess(row(tokens), 4)).token_ids:
+            pass
+        assert guess.agreed == 2
+        tokens.looks = 0
+        proposer.guess(row(tokens), 4)
+        looks.append(tokens.looks)
+    # At 16 places two tokens that agree and one that does not, in pairs; and the guesses.
+    assert looks == [16 * 3 * 2 + 4] * 3
 
 
 @given(tokens=st.lists(st.integers(0, 3), min_size=1, max_size=60), data=st.data())
