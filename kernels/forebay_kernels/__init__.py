@@ -5,9 +5,11 @@ from __future__ import annotations
 from forebay_kernels.batch import PagedBatch
 from forebay_kernels.dispatch import (
     add_rms_norm,
+    add_rms_norm_fp8,
     argmax,
     embedding,
     gelu_tanh_mul,
+    gelu_tanh_mul_fp8,
     kv_store,
     mark_keys,
     pack_experts,
@@ -15,6 +17,7 @@ from forebay_kernels.dispatch import (
     prepare_qkv,
     remember,
     rms_norm,
+    rms_norm_fp8,
     rope,
     rotary_angles,
     route,
@@ -22,6 +25,7 @@ from forebay_kernels.dispatch import (
     scatter,
     select_rms_norm,
     silu_mul,
+    silu_mul_fp8,
     step_inputs,
 )
 from forebay_kernels.sampling import Drawn, SamplingRows, SamplingTable
@@ -32,9 +36,11 @@ __all__ = [
     "SamplingRows",
     "SamplingTable",
     "add_rms_norm",
+    "add_rms_norm_fp8",
     "argmax",
     "embedding",
     "gelu_tanh_mul",
+    "gelu_tanh_mul_fp8",
     "kv_store",
     "mark_keys",
     "pack_experts",
@@ -42,6 +48,7 @@ __all__ = [
     "prepare_qkv",
     "remember",
     "rms_norm",
+    "rms_norm_fp8",
     "rope",
     "rotary_angles",
     "route",
@@ -49,5 +56,6 @@ __all__ = [
     "scatter",
     "select_rms_norm",
     "silu_mul",
+    "silu_mul_fp8",
     "step_inputs",
 ]

@@ -76,6 +76,24 @@ def add_rms_norm(
     return eager.rms_norm(x, outer, eps)
 
 
+def rms_norm_fp8(x: Tensor, weight: Tensor, eps: float, group: int) -> tuple[Tensor, Tensor]:
+    """The norm as e4m3 values and scales of ``group`` columns; see ``reference.rms_norm_fp8``."""
+    compute = reference.rms_norm_fp8
+    if has_triton(x):
+        from forebay_kernels.gpu.quantize_fp8 import rms_norm_fp8 as compute
+    return compute(x, weight, eps, group)
+
+
+def add_rms_norm_fp8(
+    x: Tensor, added: Tensor, inner: Tensor | None, outer: Tensor, eps: float, group: int
+) -> tuple[Tensor, Tensor]:
+    """``add_rms_norm`` with its norm as e4m3 values and scales; see ``reference``."""
+    compute = reference.add_rms_norm_fp8
+    if has_triton(x):
+        from forebay_kernels.gpu.quantize_fp8 import add_rms_norm_fp8 as compute
+    return compute(x, added, inner, outer, eps, group)
+
+
 def argmax(x: Tensor) -> Tensor:
     """The first of each row's largest elements: ``[rows, width] -> [rows]`` int64."""
     if x.stride(-1) == 1 and available(x):
@@ -130,6 +148,22 @@ def gelu_tanh_mul(x: Tensor) -> Tensor:
 
         return activations.gelu_tanh_mul(x)
     return compiled.gelu_tanh_mul(x) if compiled.takes_rows(x) else eager.gelu_tanh_mul(x)
+
+
+def silu_mul_fp8(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """SwiGLU's gate as e4m3 values and scales; see ``reference.silu_mul_fp8``."""
+    compute = reference.silu_mul_fp8
+    if has_triton(x):
+        from forebay_kernels.gpu.quantize_fp8 import silu_mul_fp8 as compute
+    return compute(x, group)
+
+
+def gelu_tanh_mul_fp8(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Gemma's gate as e4m3 values and scales; see ``reference.gelu_tanh_mul_fp8``."""
+    compute = reference.gelu_tanh_mul_fp8
+    if has_triton(x):
+        from forebay_kernels.gpu.quantize_fp8 import gelu_tanh_mul_fp8 as compute
+    return compute(x, group)
 
 
 def kv_store(

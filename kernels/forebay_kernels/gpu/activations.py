@@ -17,6 +17,18 @@ from torch import Tensor
 
 from forebay_kernels.gpu.tuning import choose
 
+_SLOPE = tl.constexpr(2.0 * math.sqrt(2.0 / math.pi))
+
+
+@triton.jit
+def gated(gate: tl.tensor, up: tl.tensor, GELU: tl.constexpr) -> tl.tensor:
+    """``act(gate) * up`` of tiles in float32."""
+    y = gate
+    if GELU:
+        y = _SLOPE * (gate + 0.044715 * gate * gate * gate)
+    decay = tl.exp(-tl.abs(y))
+    return gate * tl.where(y < 0.0, decay, 1.0) / (1.0 + decay) * up
+
 
 @triton.jit
 def _gate_kernel(
@@ -25,7 +37,6 @@ def _gate_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     GELU: tl.constexpr,
-    SLOPE: tl.constexpr,  # 2 sqrt(2/pi)
 ) -> None:
     row = tl.program_id(0).to(tl.int64)  # with it there may be over 2^31 values
     lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -33,11 +44,7 @@ def _gate_kernel(
     place = x + row * (2 * WIDTH) + lane
     gate = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(place + WIDTH, mask=inside, other=0.0).to(tl.float32)
-    y = gate
-    if GELU:
-        y = SLOPE * (gate + 0.044715 * gate * gate * gate)
-    decay = tl.exp(-tl.abs(y))
-    found = gate * tl.where(y < 0.0, decay, 1.0) / (1.0 + decay) * up
+    found = gated(gate, up, GELU)
     tl.store(out + row * WIDTH + lane, found.to(out.dtype.element_ty), mask=inside)
 
 
@@ -66,7 +73,6 @@ def _gated(x: Tensor, *, gelu: bool) -> Tensor:
             WIDTH=width,
             BLOCK=chosen["block"],
             GELU=gelu,
-            SLOPE=2.0 * math.sqrt(2.0 / math.pi),
             num_warps=chosen["warps"],
         )
     return out

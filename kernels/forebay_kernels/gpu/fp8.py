@@ -125,14 +125,10 @@ class PackedFp8:
         self._bias = None if bias is None else bias.float().contiguous()
         self._short_bias = None if bias is None else bias.to(torch.bfloat16)
         self._groups = self._scale.shape[0]
-        self._group = self._into if self._groups == 1 else matrix.group
+        #: Columns of a token that are rounded together.
+        self.group = self._into if self._groups == 1 else matrix.group
         sizes = (self._out, self._into)
         self._whole = self._groups == 1 and all(n % _SCALED_MM_MULTIPLE == 0 for n in sizes)
-
-    @property
-    def group(self) -> int | None:
-        """Columns of a token that ``quantized`` wants rounded together; None: all."""
-        return None if self._groups == 1 else self._group
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[tokens, in] -> [tokens, out]``."""
@@ -177,7 +173,7 @@ class PackedFp8:
             return out
         # Powers of two, so that the tile's columns are one too.
         chosen = choose("fp8_product", x.device, tokens=tokens, out=self._out)
-        tile_in = min(chosen["tile_in"], triton.next_power_of_2(self._group))
+        tile_in = min(chosen["tile_in"], triton.next_power_of_2(self.group))
         grid = (
             triton.cdiv(tokens, chosen["tile_tokens"]) * triton.cdiv(self._out, chosen["tile_out"]),
         )
@@ -193,7 +189,7 @@ class PackedFp8:
             INTO=self._into,
             OUT=self._out,
             GROUPS=self._groups,
-            GROUP=self._group,
+            GROUP=self.group,
             BIAS=self._bias is not None,
             ROUNDED=scale is not None,
             TILE_TOKENS=chosen["tile_tokens"],

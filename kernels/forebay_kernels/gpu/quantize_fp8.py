@@ -4,7 +4,7 @@ For each group of columns (the whole token, or 128 of them)
 
     scale = max |y| / 448,   values = y / scale
 
-where ``y`` is the input, its RMSNorm, the RMSNorm of a sum, or ``silu(gate) * up``; all of it stays
+where ``y`` is the input, its RMSNorm, the RMSNorm of a sum, or ``act(gate) * up``; all of it stays
 in float32 until it is rounded to e4m3. The specification is ``reference.fp8``.
 
 A program has one token, as a tile of ``[groups, columns of a group]``: what it has loaded stays in
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from forebay_kernels.gpu.activations import gated
 from forebay_kernels.gpu.tuning import choose
 from forebay_kernels.reference.fp8 import BOUNDS, LARGEST
 
@@ -33,7 +34,7 @@ def _norm(
     WIDTH: tl.constexpr,
 ) -> tl.tensor:
     mean_square = tl.sum(tl.sum(y * y, 1), 0) / WIDTH
-    return y * (1.0 / tl.sqrt(mean_square + eps)) * weight
+    return y * tl.rsqrt(mean_square + eps) * weight
 
 
 @triton.jit
@@ -64,6 +65,7 @@ def _quantize_kernel(
     scale: tl.tensor,  # [tokens, groups] float32
     x_row: tl.tensor,
     GATED: tl.constexpr,
+    GELU: tl.constexpr,  # of those that are gated
     WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -77,8 +79,7 @@ def _quantize_kernel(
     y = tl.load(x + token * x_row + column, mask=inside, other=0.0).to(tl.float32)
     if GATED:
         up = tl.load(x + token * x_row + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
-        decay = tl.exp(-tl.abs(y))  # which cannot overflow
-        y = y * tl.where(y < 0.0, decay, 1.0) / (1.0 + decay) * up
+        y = gated(y, up, GELU)
     _quantize(y, values, scale, token, column, inside, WIDTH, GROUPS, GROUPS_PADDED)
 
 
@@ -110,7 +111,6 @@ def _norm_quantize_kernel(
         more = tl.load(added + token * added_row + column, mask=inside, other=0.0).to(tl.float32)
         if INNER:
             more = _norm(more, tl.load(inner + column, mask=inside, other=0.0), eps, WIDTH)
-            more = more.to(x.dtype.element_ty).to(tl.float32)
         # The residual stream as the next layer reads it, so rounded before its norm is taken.
         total = (y + more).to(x.dtype.element_ty)
         tl.store(x + token * x_row + column, total, mask=inside)
@@ -121,12 +121,17 @@ def _norm_quantize_kernel(
 
 def quantize_fp8(x: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
     """See ``reference.quantize_fp8``."""
-    return _launch_quantize(x, x.shape[1], group, gated=False)
+    return _launch_quantize(x, x.shape[1], group)
 
 
 def silu_mul_fp8(x: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
     """See ``reference.silu_mul_fp8``."""
     return _launch_quantize(x, x.shape[1] // 2, group, gated=True)
+
+
+def gelu_tanh_mul_fp8(x: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
+    """See ``reference.gelu_tanh_mul_fp8``."""
+    return _launch_quantize(x, x.shape[1] // 2, group, gated=True, gelu=True)
 
 
 def rms_norm_fp8(
@@ -149,12 +154,13 @@ def add_rms_norm_fp8(
 
 
 def _launch_quantize(
-    x: Tensor, width: int, group: int | None, *, gated: bool
+    x: Tensor, width: int, group: int | None, *, gated: bool = False, gelu: bool = False
 ) -> tuple[Tensor, Tensor]:
     _check("x", x)
     values, scale, tile, launch = _outputs(x, width, group)
     if len(x):
-        _quantize_kernel[(len(x),)](x, values, scale, x.stride(0), GATED=gated, **tile, **launch)
+        flags = {"GATED": gated, "GELU": gelu}
+        _quantize_kernel[(len(x),)](x, values, scale, x.stride(0), **flags, **tile, **launch)
     return values, scale
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from forebay_kernels.reference.attention import paged_attention, visible
 from forebay_kernels.reference.fp8 import (
     add_rms_norm_fp8,
+    gelu_tanh_mul_fp8,
     quantize_fp8,
     rms_norm_fp8,
     silu_mul_fp8,
@@ -40,6 +41,7 @@ __all__ = [
     "embedding",
     "experts",
     "gelu_tanh_mul",
+    "gelu_tanh_mul_fp8",
     "kv_store",
     "mark_keys",
     "paged_attention",

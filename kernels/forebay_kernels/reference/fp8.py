@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from forebay_kernels.reference.layers import rms_norm, silu_mul, wide
+from forebay_kernels.reference.layers import add_rms_norm, gelu_tanh_mul, rms_norm, silu_mul, wide
 
 #: The largest value of e4m3.
 LARGEST = 448.0
@@ -56,11 +56,16 @@ def add_rms_norm_fp8(
     eps: float,
     group: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``x += added``, or its norm if ``inner`` is a weight, in place; the sum's norm, quantised."""
-    x += added if inner is None else rms_norm(wide(added), inner, eps).to(x.dtype)
+    """``x`` becomes what ``add_rms_norm`` makes of it; the norm of that, quantised."""
+    add_rms_norm(x, added, inner, outer, eps)
     return rms_norm_fp8(x, outer, eps, group)
 
 
 def silu_mul_fp8(x: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
     """SwiGLU's gate, quantised before it is rounded: ``[tokens, 2 n] -> [tokens, n]``."""
     return quantize_fp8(silu_mul(wide(x)), group)
+
+
+def gelu_tanh_mul_fp8(x: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
+    """Gemma's gate, quantised before it is rounded: ``[tokens, 2 n] -> [tokens, n]``."""
+    return quantize_fp8(gelu_tanh_mul(wide(x)), group)
