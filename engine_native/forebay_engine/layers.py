@@ -6,6 +6,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import forebay_kernels as kernels
 from forebay_engine.hf_config import ModelConfig, ModelError
-from forebay_engine.linear import Linear
+from forebay_engine.linear import Linear, Rounded, Tokens
 from forebay_engine.rotary import Angles
 from forebay_engine.weights import Weights
 from forebay_kernels.matrix import concatenate
@@ -29,13 +30,27 @@ class RmsNorm:
         self._weight = weight.float() + 1.0 if unit_offset else weight.float()
         self._eps = eps
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self._weight, self._eps)
-
-    def after(self, x: Tensor, added: Tensor, inner: RmsNorm | None = None) -> Tensor:
-        """Add ``added``, or the ``inner`` norm of it, to ``x`` in place, and norm the sum."""
+    def __call__(
+        self, x: Tensor, added: Tensor | None = None, inner: RmsNorm | None = None
+    ) -> Tensor:
+        """The norm of ``x``, to which ``added`` or its ``inner`` norm is added first, in place."""
+        if added is None:
+            return kernels.rms_norm(x, self._weight, self._eps)
         weight = None if inner is None else inner._weight
         return kernels.add_rms_norm(x, added, weight, self._weight, self._eps)
+
+    def read_by(
+        self, reader: Linear, x: Tensor, added: Tensor | None, inner: RmsNorm | None
+    ) -> Tokens:
+        """The same for one reader alone: rounded in the same pass if it wants its tokens so."""
+        group = reader.group(x)
+        if group is None:
+            return self(x, added, inner)
+        if added is None:
+            return Rounded(*kernels.rms_norm_fp8(x, self._weight, self._eps, group), x.dtype)
+        weight = None if inner is None else inner._weight
+        found = kernels.add_rms_norm_fp8(x, added, weight, self._weight, self._eps, group)
+        return Rounded(*found, x.dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -112,19 +127,22 @@ class Attention:
     ) -> None:
         self._heads, self._kv_heads = config.num_heads, config.num_kv_heads
         self._head_dim = config.head_dim
-        self._qkv, self._out, self._norm = qkv, out, norm
+        #: All that reads the tokens it is given.
+        self.reader = qkv
+        self._out, self._norm = out, norm
         self._scale = scale
         self._window = config.sliding_window if config.sliding[layer] else None
         self._softcap = config.attn_logit_softcapping
 
     def __call__(
-        self, x: Tensor, angles: Angles | None, cache: LayerCache, batch: kernels.PagedBatch
+        self, x: Tokens, angles: Angles | None, cache: LayerCache, batch: kernels.PagedBatch
     ) -> Tensor:
         heads, kv_heads = self._heads, self._kv_heads
         batch = batch.within(self._window)
+        qkv = self.reader(x)
         found = kernels.paged_attention(
             kernels.prepare_qkv(
-                self._qkv(x).view(len(x), heads + 2 * kv_heads, self._head_dim),
+                qkv.view(len(qkv), heads + 2 * kv_heads, self._head_dim),
                 kv_heads,
                 None if self._norm is None else self._norm.weight,
                 0.0 if self._norm is None else self._norm.eps,
@@ -210,23 +228,33 @@ class ResidualLayer:
         after_attention: RmsNorm | None = None,
         after_mlp: RmsNorm | None = None,
     ) -> None:
-        self.before_attention, self._before_mlp = before_attention, before_mlp
+        self._before_attention, self._before_mlp = before_attention, before_mlp
         self._attention, self._mlp = attention, mlp
-        self._after_attention, self._after_mlp = after_attention, after_mlp
+        self._after_attention, self.after_mlp = after_attention, after_mlp
 
     def __call__(
         self,
         x: Tensor,
-        normed: Tensor,
-        following: RmsNorm,
+        added: Tensor | None,
+        inner: RmsNorm | None,
         angles: Angles,
         cache: LayerCache,
         batch: kernels.PagedBatch,
     ) -> Tensor:
-        """Add to the stream ``x``, in place, what its ``normed`` gives; ``following`` norms it."""
-        attended = self._attention(normed, angles, cache, batch)
-        normed = self._before_mlp.after(x, attended, self._after_attention)
-        return following.after(x, self._mlp(normed), self._after_mlp)
+        """Add ``added``, or its ``inner`` norm, to the stream ``x`` in place, and its attention.
+
+        What its MLP gives comes back, for the next norm to add: that is one pass.
+        """
+        attention, mlp = self._attention, self._mlp
+        # Norms are not named, so that none is kept longer than it is read.
+        added = attention(
+            self._before_attention.read_by(attention.reader, x, added, inner), angles, cache, batch
+        )
+        inner = self._after_attention
+        if isinstance(mlp, GatedMlp):
+            return mlp(self._before_mlp.read_by(mlp.reader, x, added, inner))
+        # A mixture, whose router reads tokens as they are.
+        return mlp(self._before_mlp(x, added, inner))
 
 
 def through(
@@ -241,11 +269,12 @@ def through(
 
     :param angles: of each layer.
     """
-    normed = layers[0].before_attention(x)
-    following = [*(layer.before_attention for layer in layers[1:]), norm]
-    for layer, next_norm, turn, cache in zip(layers, following, angles, caches, strict=True):
-        normed = layer(x, normed, next_norm, turn, cache, batch)
-    return normed
+    added: Tensor | None = None
+    inner: RmsNorm | None = None
+    for layer, turn, cache in zip(layers, angles, caches, strict=True):
+        added = layer(x, added, inner, turn, cache, batch)
+        inner = layer.after_mlp
+    return norm(x, added, inner)
 
 
 class Mlp:
@@ -273,11 +302,17 @@ class GatedMlp:
     """``down(act(gate(x)) * up(x))``."""
 
     def __init__(self, gate_up: Linear, down: Linear, hidden_act: str) -> None:
-        self._gate_up, self._down = gate_up, down
-        self._act = _choice(hidden_act, _GATED_ACTIVATIONS)
+        #: All that reads the tokens it is given.
+        self.reader = gate_up
+        self._down = down
+        self._act, self._act_fp8 = _choice(hidden_act, _GATES)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._down(self._act(self._gate_up(x)))
+    def __call__(self, x: Tokens) -> Tensor:
+        both = self.reader(x)
+        group = self._down.group(both)
+        if group is None:
+            return self._down(self._act(both))
+        return self._down(Rounded(*self._act_fp8(both, group), both.dtype))
 
 
 def gated_mlp(
@@ -292,13 +327,16 @@ def gated_mlp(
     return GatedMlp(gate_up, down, config.hidden_act)
 
 
-_GATED_ACTIVATIONS: dict[str, Part] = {
-    "silu": kernels.silu_mul,
-    "gelu_pytorch_tanh": kernels.gelu_tanh_mul,
+#: Of each gate the plain form, and that which rounds to e4m3 in groups of so many columns.
+_GATES: dict[str, tuple[Part, Callable[[Tensor, int], tuple[Tensor, Tensor]]]] = {
+    "silu": (kernels.silu_mul, kernels.silu_mul_fp8),
+    "gelu_pytorch_tanh": (kernels.gelu_tanh_mul, kernels.gelu_tanh_mul_fp8),
 }
 
+_Known = TypeVar("_Known")
 
-def _choice(name: str, known: dict[str, Part]) -> Part:
+
+def _choice(name: str, known: dict[str, _Known]) -> _Known:
     if name not in known:
         raise ModelError(f"config.json: hidden_act {name!r} is not one of {', '.join(known)}")
     return known[name]

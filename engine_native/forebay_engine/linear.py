@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from threading import Condition
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +17,31 @@ from forebay_kernels.matrix import Dense, Matrix, Reordered
 
 Product = Callable[[Tensor], Tensor]
 R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """Tokens in e4m3, as the one layer that reads them asked for (``Linear.group``)."""
+
+    values: Tensor  # [tokens, in] e4m3
+    scale: Tensor  # [tokens, in / group] float32
+    #: What they were before, and what products with them are.
+    dtype: torch.dtype
+
+
+Tokens = Tensor | Rounded
+
+
+@runtime_checkable
+class TakesRounded(Protocol):
+    """A product that rounds tokens to e4m3, or takes such (``forebay_kernels.gpu.fp8``)."""
+
+    group: int
+
+    def rounds(self, x: Tensor) -> bool: ...
+
+    def quantized(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor: ...
+
 
 #: Lays out weights while others are read, and while the tokenizer is.
 _packer = ThreadPoolExecutor(1, "forebay-pack")
@@ -58,6 +84,7 @@ class Linear:
     def __init__(self, matrix: Matrix, bias: Tensor | None = None) -> None:
         self._weights: tuple[Matrix, Tensor | None] | None = (matrix, bias)
         self._product: Product = self._settle
+        self._rounding: TakesRounded | None = None
         self._packing: Future[None] | None = None
         if isinstance(matrix, Dense) and matrix.weight.is_cpu:
             amount = matrix.weight.nbytes
@@ -67,9 +94,27 @@ class Linear:
         elif isinstance(matrix, Dense):
             self._pack(matrix.weight.dtype)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """``[tokens, in] -> [tokens, out]``."""
-        return self._product(x)
+    def __call__(self, x: Tokens) -> Tensor:
+        """``[tokens, in] -> [tokens, out]``.
+
+        :raises TypeError: tokens are rounded that were not asked for so.
+        """
+        if not isinstance(x, Rounded):
+            return self._product(x)
+        if self._rounding is None:
+            raise TypeError("rounded tokens for a layer that takes none: ask its group first")
+        return self._rounding.quantized(x.values, x.scale, x.dtype)
+
+    def group(self, x: Tensor) -> int | None:
+        """By how many columns each it wants tokens rounded to e4m3; None: as they are.
+
+        That depends on the type of ``x`` and on its rows' number, which a recorded step repeats.
+        """
+        if self._weights is not None:
+            self._finish(x.dtype)
+        if self._rounding is None or not self._rounding.rounds(x):
+            return None
+        return self._rounding.group
 
     @property
     def product(self) -> Product:
@@ -78,14 +123,18 @@ class Linear:
 
     def _settle(self, x: Tensor) -> Tensor:
         """The first product: what it needs is under way, or depends on ``x``."""
+        self._finish(x.dtype)
+        return self._product(x)
+
+    def _finish(self, dtype: torch.dtype) -> None:
         if self._packing is not None:
             self._packing.result()
-        self._pack(x.dtype)
-        return self._product(x)
+        self._pack(dtype)
 
     def _pack(self, dtype: torch.dtype) -> None:
         if self._weights is not None:
-            self._product = _product(*self._weights, dtype)
+            self._product = product = _product(*self._weights, dtype)
+            self._rounding = product if isinstance(product, TakesRounded) else None
             self._weights = None  # the product has a copy of its own
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import GridExecutor
 
@@ -26,6 +27,8 @@ from forebay_engine.sequence import SamplingParams
 from forebay_engine.step import Row, StepPlan
 from forebay_engine.weights import Weights
 from forebay_kernels import dispatch
+from forebay_kernels.gpu.fp8 import PackedFp8
+from forebay_kernels.matrix import Matrix
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="counts the launches of Triton's interpreter"
@@ -37,7 +40,9 @@ FREE = {"view", "slice", "empty", "empty_like"}
 
 
 @contextmanager
-def launches(patch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+def launches(
+    patch: pytest.MonkeyPatch, product: tuple[type, str] = (Linear, "__call__")
+) -> Iterator[Counter[str]]:
     """Count by name: kernels in Triton, torch's operators, products and attention as one each."""
     found: Counter[str] = Counter()
 
@@ -66,42 +71,59 @@ def launches(patch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         patched.setattr(dispatch, "has_triton", lambda x: True)
         launch = counted(GridExecutor.__call__, lambda executor: executor.fn.__name__.strip("_"))
         patched.setattr(GridExecutor, "__call__", launch)
-        patched.setattr(Linear, "__call__", counted(Linear.__call__, lambda _: "product"))
+        patched.setattr(*product, counted(getattr(*product), lambda _: "product"))
         patched.setattr(
             kernels, "paged_attention", counted(kernels.paged_attention, lambda _: "attention")
         )
         yield found
 
 
+class Step:
+    """The next token of two sequences through a decoder."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, quantization: str = "none") -> None:
+        self.shape = shape = read_config(folder)
+        with Weights(folder, dtype, CPU, quantization) as weights, torch.no_grad():
+            self._model = build_model(shape, weights)
+        row: dict[str, Any] = {"count": 1, "sample": True, "sampling": SamplingParams()}
+        self._batch = build_batch(
+            StepPlan(
+                tuple(
+                    Row(i, [7] * length, length - 1, block_tables=(pages,), num_prompt=1, **row)
+                    for i, (length, pages) in enumerate([(3, [2]), (10, [0, 4])])
+                )
+            ),
+            8,
+            CPU,
+        )
+        size = (shape.num_layers, 2, shape.num_kv_heads, 5, 8, shape.head_dim)
+        self._held = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def caches(self) -> list[LayerCache]:
+        """What the layers know: each time the same."""
+        return [LayerCache(keys, values) for keys, values in self._held.clone()]
+
+    def run(self, caches: list[LayerCache]) -> Tensor:
+        """The last hidden states."""
+        batch = self._batch
+        with torch.no_grad():
+            return self._model.forward(batch.token_ids, batch.positions, caches, batch.paged)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma3", "gemma2"])
 def test_a_layer_is_four_products_attention_and_four_small_kernels(
     family: str, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tiny_checkpoint(family)
-    shape = read_config(folder)
-    with Weights(folder, torch.float32, CPU) as weights, torch.no_grad():
-        model = build_model(shape, weights)
-    row: dict[str, Any] = {"count": 1, "sample": True, "sampling": SamplingParams()}
-    batch = build_batch(
-        StepPlan(
-            tuple(
-                Row(i, [7] * length, length - 1, block_tables=(pages,), num_prompt=1, **row)
-                for i, (length, pages) in enumerate([(3, [2]), (10, [0, 4])])
-            )
-        ),
-        8,
-        CPU,
-    )
-    size = (2, shape.num_layers, 2, shape.num_kv_heads, 5, 8, shape.head_dim)
-    held = torch.randn(size[1:], generator=torch.Generator().manual_seed(1)).expand(size).clone()
-    caches = [[LayerCache(keys, values) for keys, values in part] for part in held]
-    with torch.no_grad():
-        want = model.forward(batch.token_ids, batch.positions, caches[0], batch.paged)
-        with launches(monkeypatch) as found:
-            got = model.forward(batch.token_ids, batch.positions, caches[1], batch.paged)
+    step = Step(tiny_checkpoint(family), torch.float32)
+    held, expected = step.caches(), step.caches()
+    want = step.run(expected)
+    with launches(monkeypatch) as found:
+        got = step.run(held)
     torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(held[1], held[0], atol=2e-5, rtol=1e-5)
-    layers = shape.num_layers
+    for one, other in zip(held, expected, strict=True):
+        torch.testing.assert_close(one.keys, other.keys, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(one.values, other.values, atol=2e-5, rtol=1e-5)
+    layers = step.shape.num_layers
     assert found == {
         "embedding_kernel": 1,
         "angles_kernel": 2 if family.startswith("gemma") else 1,
@@ -111,4 +133,45 @@ def test_a_layer_is_four_products_attention_and_four_small_kernels(
         "attention": layers,
         "gate_kernel": layers,
         "add_norm_kernel": 2 * layers,
+    }
+
+
+def test_a_layer_in_fp8_has_one_small_kernel_more(
+    tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It rounds what attention gives; norms and gates round what the other products read.
+
+    In bfloat16, so that the products are ``torch._scaled_mm`` with tokens in e4m3.
+    """
+    monkeypatch.setattr(Matrix, "device", torch.device("cuda"))
+    monkeypatch.setattr(PackedFp8, "rounds", lambda self, x: True)  # else from 17 tokens on
+    step = Step(tiny_checkpoint("llama"), torch.bfloat16, "fp8")
+    caches = step.caches()
+    step.run(caches)  # lays out the weights
+    with launches(monkeypatch, (PackedFp8, "quantized")) as found:
+        step.run(caches)
+    layers = step.shape.num_layers
+    before = {
+        "embedding_kernel": 1,
+        "angles_kernel": 1,
+        "product": 4 * layers,
+        "prepare_kernel": layers,
+        "attention": layers,
+    }
+    assert found == {
+        **before,
+        "norm_quantize_kernel": 2 * layers,
+        "quantize_kernel": 2 * layers,  # of attention, and behind the gate
+        "add_norm_kernel": 1,  # the last
+    }
+    # As it would be without: 8 small kernels a layer instead of 5.
+    monkeypatch.setattr(Linear, "group", lambda self, x: None)
+    with launches(monkeypatch, (PackedFp8, "quantized")) as found:
+        step.run(caches)
+    assert found == {
+        **before,
+        "norm_kernel": 1,
+        "add_norm_kernel": 2 * layers,
+        "gate_kernel": layers,
+        "quantize_kernel": 4 * layers,
     }

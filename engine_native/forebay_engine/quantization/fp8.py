@@ -1,8 +1,8 @@
 """FP8 checkpoints: weights in float8_e4m3fn with scales.
 
 One scale, one for each output or one for each block of ``weight_block_size``. DeepSeek's and Qwen's
-``weight_scale_inv`` is what the values are multiplied with, in spite of its name. Activations stay
-in the model's type: scales for them (static or dynamic) and for an FP8 cache have no use here.
+``weight_scale_inv`` is what the values are multiplied with, in spite of its name. Scales
+for activations have no use here, as tokens get their own or stay as they are, nor those of a cache.
 """
 
 from __future__ import annotations
