@@ -173,12 +173,10 @@ async def _work(
         )
     vocabulary = tokenizer_file(folder)
     template = ChatTemplate.from_folder(folder)
-    # Neither the tokenizer's reader nor torch's import lets other threads run Python for long; what
-    # is left to do beside them, getting memory for the weights, needs none.
-    runner, tokenizer = await asyncio.gather(
-        asyncio.to_thread(make_runner, config, _Loading(server)),
-        asyncio.to_thread(Tokenizer.from_file, vocabulary),
-    )
+    runner = await asyncio.to_thread(make_runner, config, _Loading(server))
+    # After the weights: its reader lets no other thread run Python for 0.7 s, while what is left of
+    # laying out the weights needs none.
+    tokenizer = await asyncio.to_thread(Tokenizer.from_file, vocabulary)
     log.info("weights and tokenizer loaded, warming up")
     await asyncio.to_thread(runner.warm_up)
     on_end = tracing.record if tracing is not None else lambda request: None

@@ -13,6 +13,8 @@ import threading
 
 #: Begins weights at cache lines.
 _ALIGNMENT = 64
+#: Bytes that are made ready at once; who takes some waits for no more.
+_CHUNK = 16 << 20
 
 
 class ReadyMemory:
@@ -47,7 +49,11 @@ class ReadyMemory:
     def _fill(self) -> None:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._bytes.madvise(mmap.MADV_HUGEPAGE)
-        begin = ctypes.addressof(ctypes.c_char.from_buffer(self._bytes))
-        # Without the interpreter's lock. MADV_POPULATE_WRITE would be shorter by clearing once, but
-        # keeps all else from mapping memory until it is done, such as the import of a library.
-        ctypes.memset(begin, 0, len(self._bytes))
+        first = ctypes.addressof(ctypes.c_char.from_buffer(self._bytes))
+        for begin in range(0, len(self._bytes), _CHUNK):
+            with self._lock:
+                if begin < self._taken:  # somebody may have written there
+                    continue
+                # Without the interpreter's lock. MADV_POPULATE_WRITE would clear pages only once,
+                # but nothing else can map memory meanwhile, such as the import of a library.
+                ctypes.memset(first + begin, 0, min(_CHUNK, len(self._bytes) - begin))

@@ -58,6 +58,7 @@ class Runner:
         self.draft_costs: StepCosts | None = None
         self._memory = memory
         cpu.borrow_from(None if memory is None else memory.take)
+        cpu.set_threads(self._threads or _cores())  # which lay out the weights
         self._settle_threads()
         self.block_size = config.block_size
         size, kv_bytes = checkpoint.kv_dtype.itemsize, config.kv_cache_bytes or KV_BYTES
