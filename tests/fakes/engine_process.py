@@ -18,7 +18,7 @@ from forebay_engine.config import EngineConfig
 from forebay_engine.costs import StepCosts
 from forebay_engine.guided import is_allowed
 from forebay_engine.process import main
-from forebay_engine.step import Guide, Pooled, Row, Sampled, StepPlan, StepResult
+from forebay_engine.step import Guide, Pooled, PromptToken, Row, Sampled, StepPlan, StepResult
 
 EOS = 1
 
@@ -66,7 +66,13 @@ class EchoRunner:
             for row in plan.rows
             if row.pooling
         )
-        return StepResult(sampled, pooled)
+        scored = tuple(
+            PromptToken(row.seq_id, at, row.token_ids[at], -at, 1, ((row.token_ids[at], -at),))
+            for row in plan.rows
+            if row.sampling.prompt_logprobs is not None
+            for at in range(row.start + 1, min(row.start + row.count + 1, row.num_prompt))
+        )
+        return StepResult(sampled, pooled, prompt=scored)
 
     def echo(self, row: Row) -> Sampled:
         token = row.token_ids[(len(row.token_ids) - row.num_prompt) % row.num_prompt]

@@ -291,6 +291,28 @@ async def test_echo_repeats_texts_as_they_came_and_tokens_as_texts() -> None:
                 assert said.startswith(texts[index // 2])
 
 
+async def test_a_prompt_is_scored_without_an_answer() -> None:
+    """The fake engine gives the token at place k of a prompt a log probability of -k."""
+    async with native() as adapter:
+        request = msgspec.structs.replace(
+            completion("é", max_tokens=0),
+            echo=True,
+            n=2,
+            sampling=Sampling(max_tokens=0, logprobs=0),
+        )
+        *_, first, second, finished = await collect(adapter, request)
+    for index, delta in enumerate((first, second)):
+        assert isinstance(delta, Delta)
+        assert (delta.index, delta.text, delta.finish_reason) == (index, "é", "length")
+        told = [(one.logprob, one.offset, one.top) for one in delta.logprobs]
+        assert told == [(None, 0, ()), (-1.0, 0, ()), (-2.0, 1, ())]
+        assert delta.logprobs[0].token == "<bos>"
+        assert not delta.token_ids
+    assert isinstance(finished, Finished)
+    assert finished.usage is not None
+    assert (finished.usage.prompt_tokens, finished.usage.completion_tokens) == (3, 0)
+
+
 def test_prompt_logprobs_are_for_streams_as_well() -> None:
     request = with_fields(completion("a"), prompt_logprobs=3)
     for stream in (False, True):

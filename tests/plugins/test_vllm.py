@@ -177,7 +177,9 @@ async def test_it_is_asked_once_for_each_version_and_set_of_models() -> None:
         await adapter.probe()
         assert len(server.asked) == 6
         server.models = ["base", "lora", "another"]
-        assert (await adapter.probe()).models == ("base", "lora", "another")
+        found = await adapter.probe()
+        assert found.models == ("base", "lora", "another")
+        assert found.scoring
         assert len(server.asked) == 9
 
 
