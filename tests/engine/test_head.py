@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from forebay_engine import memory
@@ -142,14 +143,17 @@ def test_steps_of_a_model_draw_the_same(
     family: str, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = EngineConfig(model=str(tiny_checkpoint(family)), kv_cache_bytes=4 << 20, threads=1)
+    first = Runner(config)
     rows = [
-        row(seed, (3,) * (seed % 3), tokens=9 + seed, **PLAIN[seed % len(PLAIN)])
+        structs.replace(
+            row(seed, (3,) * (seed % 3), tokens=9 + seed, **PLAIN[seed % len(PLAIN)]),
+            start=0,
+            count=9 + seed + seed % 3,
+            block_tables=((seed,),) * len(first.cache_groups),
+        )
         for seed in range(8)
     ]
-    for number, each in enumerate(rows):
-        each.start, each.count = 0, len(each.token_ids) + len(each.draft)
-        each.block_tables = ((number,),) * len(Runner(config).cache_groups)
-    plain = Runner(config).execute(StepPlan(tuple(rows)))
+    plain = first.execute(StepPlan(tuple(rows)))
     monkeypatch.setattr(memory, "_SCREENED", 0)
     monkeypatch.setattr("forebay_kernels.cpu.screen._SHARE", 1.0)
     runner = Runner(config)
