@@ -109,17 +109,19 @@ def pool(hidden: Tensor, rows: Items[Row]) -> tuple[Pooled, ...]:
 
 def check_row(row: Row, block_size: int) -> None:
     """:raises ValueError: the row contradicts itself."""
-    end = row.start + row.count
-    there = len(row.token_ids) + len(row.draft) + row.unknown
-    if row.count < 1 or end > there:
-        raise ValueError(f"sequence {row.seq_id}: tokens {row.start}..{end} of {there} planned")
-    if row.unknown and (row.count != 1 or row.draft or row.guide is not None):
+    start, count, draft = row.start, row.count, row.draft
+    end = start + count
+    there = len(row.token_ids) + len(draft) + row.unknown
+    if count < 1 or end > there:
+        raise ValueError(f"sequence {row.seq_id}: tokens {start}..{end} of {there} planned")
+    if row.unknown and (count != 1 or draft or row.guide is not None):
         raise ValueError(f"sequence {row.seq_id}: an unknown token must be all that it runs")
-    if row.draft and (not row.sample or row.count <= len(row.draft)):
+    if draft and (not row.sample or count <= len(draft)):
         raise ValueError(f"sequence {row.seq_id}: guesses do not follow its last token")
-    first, last = row.start // block_size, -(-end // block_size)
+    first, last = start // block_size, (end - 1) // block_size
     for table in row.block_tables:
-        if last > len(table) or min(table[first:last]) < 0:
+        # Most rows touch one page, and there are hundreds of them.
+        if last >= len(table) or table[last] < 0 or (first < last and min(table[first:last]) < 0):
             raise ValueError(
                 f"sequence {row.seq_id}: {end} tokens do not fit its {len(table)} pages"
             )

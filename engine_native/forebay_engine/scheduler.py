@@ -285,17 +285,18 @@ class Scheduler:
         if row.draft:
             computed -= len(row.draft)
             self.counters.count_guesses(sequence, len(row.draft), len(drawn) - 1)
-        for number, sampled in enumerate(drawn, 1):
+        taken = 0  # counted by hand: an enumerate for each row takes 0.1 µs
+        for sampled in drawn:
+            taken += 1
             if sampled.token_id == NO_TOKEN:
                 sequence.finish_reason = FinishReason.ERROR
             else:
                 sequence.take(sampled.token_id, self._eos)
             if sequence.finish_reason is not None:
-                drawn = drawn[:number]
+                drawn = drawn[:taken]
                 break
-        if drawn:
-            # The last is not computed yet.
-            computed += len(drawn) - 1
+        if taken:
+            computed += taken - 1  # the last is not computed yet
         elif not sequence.draws and computed == len(sequence.token_ids):
             scored = sequence.pooling is None
             sequence.finish_reason = FinishReason.LENGTH if scored else FinishReason.STOP
@@ -312,8 +313,9 @@ class Scheduler:
         for id in failed:
             self.abort(id, FinishReason.ERROR)
         for row in self._flights[0]:
-            if row.seq_id in failed:
-                self._land(self._queues.entries[row.seq_id])
+            entry = self._queues.entries[row.seq_id]
+            if row.seq_id in failed and entry.row is row:
+                self._land(entry)
 
     def _land(self, entry: Entry) -> None:
         """No step is under way for it any longer, so if it has ended its pages are free."""

@@ -95,16 +95,18 @@ class LaunchedStep:
 
     def _sampled(self) -> list[Sampled]:
         tokens = self.tokens.tolist()
+        rows = [row for row in self.rows if row.sample]
+        if len(rows) == len(tokens) and self.by_host is None and self.scores is None:
+            return [Sampled(row.seq_id, token) for row, token in zip(rows, tokens, strict=True)]
         scored = {sample: number for number, sample in enumerate(self.samples.scored)}
         by_host = self.by_host.draw() if self.by_host is not None else {}
         found: list[Sampled] = []
-        for row in self.rows:
-            if not row.sample:
-                continue
+        end = 0
+        for row in rows:
+            first, end = end, end + 1 + len(row.draft)
             if row.seq_id in by_host:
                 found += by_host[row.seq_id]
                 continue
-            first = self.samples.first[row.seq_id]
             for at in range(1 + len(row.draft)):
                 token = tokens[first + at]
                 if self.scores is not None and first + at in scored and token >= 0:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from struct import pack_into
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,13 +70,6 @@ class Sections:
             first += size + -size % _ALIGNED
         return cls(*found)
 
-    def fill(self, **values: Any) -> None:
-        """Write sections by name; of a tensor on the host."""
-        for item in fields(self):
-            section: Tensor = getattr(self, item.name)
-            if len(section):
-                section.numpy()[:] = values[item.name]
-
 
 @dataclass(frozen=True, slots=True)
 class Samples:
@@ -88,11 +80,10 @@ class Samples:
     positions: list[int] = field(default_factory=list)
     masks: list[int] = field(default_factory=list)
     scored: list[int] = field(default_factory=list)
-    #: Of each row that draws, its first sample.
-    first: dict[int, int] = field(default_factory=dict)
-    #: Rows with masks, in the masks' order, and those that the host draws.
+    #: Rows with masks, in the masks' order.
     masked: list[Row] = field(default_factory=list)
-    by_host: list[Row] = field(default_factory=list)
+    #: Those that the host draws, each behind its first sample.
+    by_host: list[tuple[int, Row]] = field(default_factory=list)
 
     @classmethod
     def of(cls, rows: Items[Row], places: Items[Place]) -> Samples:
@@ -103,8 +94,7 @@ class Samples:
             if not row.sample:
                 continue
             count = 1 + len(row.draft)
-            first, behind = len(found.at), row.start + row.count
-            found.first[row.seq_id] = first
+            behind = row.start + row.count
             if count == 1:  # the loops of a step of 256 rows are what the host does longest
                 found.at.append(end - 1)
                 found.places.append(place.number)
@@ -115,8 +105,11 @@ class Samples:
                 found.places.extend([place.number] * count)
                 found.positions.extend(range(behind - count + 1, behind + 1))
                 found.masks.extend([-1] * count)
+            if place.plain and row.guide is None:
+                continue
+            first = len(found.at) - count
             if not place.draws:
-                found.by_host.append(row)
+                found.by_host.append((first, row))
             elif row.guide is not None or row.sampling.allowed_token_ids:
                 found.masked.append(row)
                 found.masks[first:] = range(masks, masks + count)
@@ -143,7 +136,14 @@ def lay(
     """
     more = max(0, padded - len(rows))
     counts = [row.count for row in rows] + [1] * more
-    tokens = [token for row in rows for token in _tokens(row)] + [0] * more
+    tokens: list[int] = []
+    for row in rows:
+        if row.unknown:
+            tokens.append(-1)
+        else:
+            tokens += row.token_ids[row.start : row.start + row.count]
+            tokens += row.draft
+    tokens += [0] * more
     sizes = Sizes(
         rows=len(counts),
         tokens=len(tokens),
@@ -152,26 +152,25 @@ def lay(
         cleared=len(changes.cleared),
         changes=len(changes.at),
     )
-    words = torch.empty(sizes.words, dtype=torch.int32, pin_memory=pinned)
-    Sections.of(words, sizes).fill(
-        places=[*(place.number for place in places), *[nobody] * more],
-        starts=[row.start for row in rows] + [-1] * more,
-        query_starts=np.fromiter(accumulate(counts, initial=0), np.int32, len(counts) + 1),
-        tokens=tokens,
-        sample_at=samples.at,
-        sample_places=samples.places,
-        sample_positions=samples.positions,
-        sample_masks=samples.masks,
-        scored=samples.scored,
-        cleared=changes.cleared,
-        changes_at=changes.at,
-        changes=changes.words,
+    sections = (  # in the order of Sections
+        [place.number for place in places] + [nobody] * more,
+        [row.start for row in rows] + [-1] * more,
+        [*accumulate(counts, initial=0)],
+        tokens,
+        samples.at,
+        samples.places,
+        samples.positions,
+        samples.masks,
+        samples.scored,
+        changes.cleared,
+        changes.at,
+        changes.words,
     )
+    values: list[int] = []
+    for section in sections:
+        values += section
+        values += [0] * (-len(section) % _ALIGNED)
+    words = torch.empty(sizes.words, dtype=torch.int32, pin_memory=pinned)
+    # Of 256 numbers in 2 µs, where numpy takes 7.
+    pack_into(f"{sizes.words}i", words.numpy().data, 0, *values)
     return words, sizes
-
-
-def _tokens(row: Row) -> Items[int]:
-    if row.unknown:
-        return (-1,)
-    known = row.token_ids[row.start : row.start + row.count]
-    return [*known, *row.draft] if row.draft else known

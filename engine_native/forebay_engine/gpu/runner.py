@@ -196,7 +196,8 @@ class DeviceRunner:
         places, changes = self._table.enter(rows)
         size = self._replayed(rows)
         samples = Samples.of(rows, places)
-        allowed = self._masks.begin([*samples.masked, *samples.by_host])
+        by_host = [row for _, row in samples.by_host]
+        allowed = self._masks.begin([*samples.masked, *by_host])
         words, sizes = self._lay(rows, places, changes, samples, size or 0)
         sections = self._inputs.send(words, sizes)
         self._drawing.begin(sections)
@@ -262,12 +263,9 @@ class DeviceRunner:
         return bucket(self._replays, len(rows))
 
     def _by_host(self, logits: Tensor, samples: Samples, allowed: Allowed) -> ByHost:
-        numbers = [
-            range(samples.first[row.seq_id], samples.first[row.seq_id] + 1 + len(row.draft))
-            for row in samples.by_host
-        ]
-        own = [fetched(logits[number.start : number.stop]) for number in numbers]
-        return ByHost(samples.by_host, own, allowed, self.eos_token_ids)
+        own = [fetched(logits[at : at + 1 + len(row.draft)]) for at, row in samples.by_host]
+        rows = [row for _, row in samples.by_host]
+        return ByHost(rows, own, allowed, self.eos_token_ids)
 
     def _scores(
         self,

@@ -35,6 +35,8 @@ class Place:
     sampling: SamplingParams | None = None
     #: The device can draw with them.
     draws: bool = False
+    #: And is asked for nothing beside the token, but what a guide may ask.
+    plain: bool = False
     #: What the device is asked for beyond a temperature: ``Wants``, whose own sums are slow.
     asked: int = 0
     #: The last step drew a token for it.
@@ -129,15 +131,7 @@ class RequestTable:
         """
         if len(rows) > self.size:
             raise ValueError(f"{len(rows)} rows in a step, where {self.size} are the most")
-        before, self._places = self._places, {}
-        there = [before.pop(row.seq_id, None) for row in rows]
-        self._free.extend(place.number for place in before.values())
-        found, changes = [], Changes()
-        for row, place in zip(rows, there, strict=True):
-            if place is None:
-                place = Place(self._free.pop(), [0] * self._groups)
-            self._places[row.seq_id] = place
-            found.append(place)
+        found, changes = self._find(rows), Changes()
         for row, place in zip(rows, found, strict=True):
             if row.unknown and not place.drawn:
                 raise ValueError(f"sequence {row.seq_id}: the last step drew no token for it")
@@ -147,6 +141,19 @@ class RequestTable:
             if place.sampling is not row.sampling:
                 self._tell_sampling(place, row, changes)
         return found, changes
+
+    def _find(self, rows: Items[Row]) -> list[Place]:
+        """The rows' places, which nobody else has from now on."""
+        ids = [row.seq_id for row in rows]
+        if ids != list(self._places):
+            before = self._places
+            there = [before.pop(id, None) for id in ids]
+            self._free.extend(place.number for place in before.values())
+            self._places = {
+                id: place if place is not None else Place(self._free.pop(), [0] * self._groups)
+                for id, place in zip(ids, there, strict=True)
+            }
+        return list(self._places.values())
 
     def forget(self) -> None:
         """Nothing that was told counts: a step came to nothing."""
@@ -167,7 +174,8 @@ class RequestTable:
     def _tell_sampling(self, place: Place, row: Row, changes: Changes) -> None:
         params, number = row.sampling, place.number
         place.sampling, place.draws = params, self.draws(params)
-        place.asked = 0
+        plain = params.logprobs is None and not params.allowed_token_ids
+        place.plain, place.asked = place.draws and plain, 0
         if not place.draws:
             return
         line = settings(params, row.num_prompt).tolist()
