@@ -21,9 +21,9 @@ from forebay_engine.layers import (
     RmsNorm,
     attention,
     gated_mlp,
-    through,
 )
 from forebay_engine.rotary import Rotary
+from forebay_engine.stack import Stack
 from forebay_engine.weights import Weights
 
 
@@ -49,8 +49,8 @@ class Gemma2(WithHead):
         self._rotary = Rotary(config.rope, config, weights.device)
         self._rotary_local = Rotary(config.rope_local, config, weights.device)
         self._sliding = config.sliding
-        self._layers = [self._layer(config, weights, i) for i in range(config.num_layers)]
-        self._norm = _norm(config, weights, "model.norm")
+        layers = [self._layer(config, weights, i) for i in range(config.num_layers)]
+        self._stack = Stack(layers, _norm(config, weights, "model.norm"))
 
     def _layer(self, config: ModelConfig, weights: Weights, index: int) -> ResidualLayer:
         prefix = f"model.layers.{index}"
@@ -83,7 +83,7 @@ class Gemma2(WithHead):
         x = kernels.embedding(token_ids, self._embedding, self._embed_scale)
         whole, local = self._rotary(positions), self._rotary_local(positions)
         angles = [local if slides else whole for slides in self._sliding]
-        return through(self._layers, self._norm, x, angles, caches, batch)
+        return self._stack(x, angles, caches, batch)
 
 
 class Gemma3(Gemma2):

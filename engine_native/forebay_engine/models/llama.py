@@ -22,9 +22,9 @@ from forebay_engine.layers import (
     RmsNorm,
     attention,
     gated_mlp,
-    through,
 )
 from forebay_engine.rotary import Rotary
+from forebay_engine.stack import Stack
 from forebay_engine.weights import Weights
 
 
@@ -43,8 +43,8 @@ class Llama(WithHead):
         # Before the layers: it takes longest to lay out, and they are read meanwhile.
         self._head = head(config, weights, self._embedding)
         self._rotary = Rotary(config.rope, config, weights.device)
-        self._layers = [self._layer(config, weights, i) for i in range(config.num_layers)]
-        self._norm = _norm(config, weights, "model.norm")
+        layers = [self._layer(config, weights, i) for i in range(config.num_layers)]
+        self._stack = Stack(layers, _norm(config, weights, "model.norm"))
 
     def _layer(self, config: ModelConfig, weights: Weights, index: int) -> ResidualLayer:
         prefix = f"model.layers.{index}"
@@ -76,8 +76,8 @@ class Llama(WithHead):
         batch: kernels.PagedBatch,
     ) -> Tensor:
         x = kernels.embedding(token_ids, self._embedding)
-        angles = [self._rotary(positions)] * len(self._layers)
-        return through(self._layers, self._norm, x, angles, caches, batch)
+        angles = [self._rotary(positions)] * len(caches)
+        return self._stack(x, angles, caches, batch)
 
 
 def _norm(config: ModelConfig, weights: Weights, name: str) -> RmsNorm:

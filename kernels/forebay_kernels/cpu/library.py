@@ -50,6 +50,21 @@ class QuantizedMatrix(Structure):
     ]
 
 
+class LinearArgs(Structure):
+    """A product with a packed matrix; strides in elements."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        ("matrix", c_void_p),
+        ("x", c_void_p),
+        ("out", c_void_p),
+        ("x_stride", c_int64),
+        ("out_stride", c_int64),
+        ("rows", c_int64),
+        ("chosen", c_void_p),  # [count] int32, or None: all panels
+        ("count", c_int64),
+    ]
+
+
 class ScreenMatrix(Structure):
     """Packed weights rounded to int8, and how far from the weights they are."""
 
@@ -135,35 +150,61 @@ class ResidualArgs(Structure):
     ]
 
 
-_INT, _LONG, _POINTER, _FLOAT = c_int32, c_int64, c_void_p, c_float
+class NormArgs(Structure):
+    """The norm of each row."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        ("x", c_void_p),
+        ("weight", c_void_p),
+        ("out", c_void_p),
+        ("rows", c_int64),
+        ("width", c_int64),
+        ("eps", c_float),
+    ]
+
+
+class GateArgs(Structure):
+    """The gate of an MLP."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        ("x", c_void_p),
+        ("out", c_void_p),
+        ("rows", c_int64),
+        ("width", c_int64),
+        ("kind", c_int32),
+    ]
+
+
+class Call(Structure):
+    """One of the operators that take their arguments by address."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        ("run", c_void_p),
+        ("args", c_void_p),
+        ("element", c_int64),
+    ]
+
+
+_INT, _LONG, _POINTER = c_int32, c_int64, c_void_p
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "threads": (None, [_INT]),
     "packed_bytes": (_LONG, [_LONG, _LONG]),
     "huge_pages": (None, [_POINTER, _LONG]),
     "pack": (None, [_POINTER, _LONG, _LONG, _LONG, _POINTER]),
-    "linear": (
-        None,
-        [POINTER(DenseMatrix), _INT, _POINTER, _LONG, _LONG, _POINTER, _LONG],
-    ),
-    "linear_panels": (
-        None,
-        [POINTER(DenseMatrix), _INT, _POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _LONG],
-    ),
+    "linear": (None, [POINTER(LinearArgs), _INT]),
+    "replay": (None, [POINTER(Call), _LONG]),
     "screens": (_INT, []),
     "make_screen": (None, [_INT, _POINTER, _LONG, POINTER(ScreenMatrix)]),
     "screen": (
         _LONG,
         [POINTER(ScreenMatrix), _INT, _POINTER, _LONG, _LONG, POINTER(Draws), _POINTER, _LONG],
     ),
-    "quantized_linear": (
-        None,
-        [POINTER(QuantizedMatrix), _INT, _POINTER, _LONG, _LONG, _POINTER, _LONG],
-    ),
+    "quantized_linear": (None, [POINTER(LinearArgs), _INT]),
     "attention": (None, [POINTER(AttentionArgs), _INT]),
     "prepare_qkv": (None, [POINTER(QkvArgs), _INT]),
     "add_and_norm": (None, [POINTER(ResidualArgs), _INT]),
-    "norm": (None, [_INT, _POINTER, _POINTER, _LONG, _LONG, _FLOAT, _POINTER]),
-    "gate": (None, [_INT, _POINTER, _LONG, _LONG, _INT, _POINTER]),
+    "norm": (None, [POINTER(NormArgs), _INT]),
+    "gate": (None, [POINTER(GateArgs), _INT]),
     "argmax": (None, [_INT, _POINTER, _LONG, _LONG, _LONG, _POINTER]),
 }
 

@@ -12,10 +12,12 @@ from forebay_kernels.cpu import memory
 from forebay_kernels.cpu.library import (
     DTYPES,
     DenseMatrix,
+    LinearArgs,
     QuantizedMatrix,
     available,
     library,
 )
+from forebay_kernels.cpu.tape import call, empty
 from forebay_kernels.matrix import Dense, GroupedInt8, Int4, Int8, Matrix, unpack_int4
 
 #: Columns of a panel, as in ``native/product.h``.
@@ -30,7 +32,7 @@ class PackedLinear:
     def __init__(
         self, kernel: Any, matrix: ctypes.Structure, dtypes: tuple[torch.dtype, ...], *held: Tensor
     ) -> None:
-        self._kernel, self._address = kernel, ctypes.byref(matrix)
+        self._kernel, self._address = kernel, ctypes.addressof(matrix)
         self._matrix, self._held = matrix, held  # what the address points to
         self.out, self._into = matrix.out, matrix.into
         self._dtypes = dtypes
@@ -44,20 +46,21 @@ class PackedLinear:
         """``[tokens, in] -> [tokens, out]``."""
         return self._run(self._kernel, x, self.out)
 
-    def _run(self, kernel: Any, x: Tensor, width: int, *more: int) -> Tensor:
-        """``[tokens, in] -> [tokens, width]``, by a kernel that takes ``more`` in the end."""
+    def _run(self, kernel: Any, x: Tensor, width: int, chosen: Tensor | None = None) -> Tensor:
+        """``[tokens, in] -> [tokens, width]``."""
         x = self.taken(x)
-        out = torch.empty((len(x), width), dtype=x.dtype)
-        kernel(
+        out = empty((len(x), width), x.dtype)
+        args = LinearArgs(
             self._address,
-            x.element_size(),
             x.data_ptr(),
-            x.stride(0),
-            len(x),
             out.data_ptr(),
+            x.stride(0),
             width,
-            *more,
+            len(x),
+            _address(chosen),
+            0 if chosen is None else len(chosen),
         )
+        call(kernel, args, x.element_size(), (x,), (out,))
         return out
 
     def taken(self, x: Tensor) -> Tensor:
@@ -79,8 +82,7 @@ class DenseLinear(PackedLinear):
 
         :param chosen: ``[panels] int32``. Columns past the last of all hold anything.
         """
-        count = len(chosen)
-        return self._run(library().linear_panels, x, count * PANEL, chosen.data_ptr(), count)
+        return self._run(library().linear, x, len(chosen) * PANEL, chosen)
 
 
 def pack(matrix: Matrix, bias: Tensor | None = None) -> PackedLinear | None:

@@ -5,13 +5,20 @@ Each is what ``reference`` says, with sums in float32; attention's probabilities
 
 from __future__ import annotations
 
-from ctypes import byref
-
 import torch
 from torch import Tensor
 
 from forebay_kernels.batch import PagedBatch
-from forebay_kernels.cpu.library import AttentionArgs, QkvArgs, ResidualArgs, available, library
+from forebay_kernels.cpu.library import (
+    AttentionArgs,
+    GateArgs,
+    NormArgs,
+    QkvArgs,
+    ResidualArgs,
+    available,
+    library,
+)
+from forebay_kernels.cpu.tape import call, empty
 
 _SILU, _GELU_TANH = 0, 1
 
@@ -28,24 +35,18 @@ def takes_cache(cache: Tensor, dim: int) -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight``: ``[width]`` float32."""
-    out = torch.empty_like(x)
+    out = empty(x.shape, x.dtype)
     width = x.shape[-1]
-    library().norm(
-        x.element_size(),
-        x.data_ptr(),
-        weight.data_ptr(),
-        x.numel() // width,
-        width,
-        eps,
-        out.data_ptr(),
-    )
+    rows = x.numel() // width
+    args = NormArgs(x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, width, eps)
+    call(library().norm, args, x.element_size(), (x,), (out,))
     return out
 
 
 def add_rms_norm(
     x: Tensor, added: Tensor, inner: Tensor | None, outer: Tensor, eps: float
 ) -> Tensor:
-    out = torch.empty_like(x)
+    out = empty(x.shape, x.dtype)
     args = ResidualArgs(
         x.data_ptr(),
         added.data_ptr(),
@@ -56,7 +57,7 @@ def add_rms_norm(
         x.shape[-1],
         eps,
     )
-    library().add_and_norm(byref(args), x.element_size())
+    call(library().add_and_norm, args, x.element_size(), (x, added), (x, out))
     return out
 
 
@@ -71,8 +72,9 @@ def gelu_tanh_mul(x: Tensor) -> Tensor:
 def _gate(x: Tensor, kind: int) -> Tensor:
     *rows, both = x.shape
     width = both // 2
-    out = torch.empty((*rows, width), dtype=x.dtype)
-    library().gate(x.element_size(), x.data_ptr(), x.numel() // both, width, kind, out.data_ptr())
+    out = empty((*rows, width), x.dtype)
+    args = GateArgs(x.data_ptr(), out.data_ptr(), x.numel() // both, width, kind)
+    call(library().gate, args, x.element_size(), (x,), (out,))
     return out
 
 
@@ -114,7 +116,8 @@ def prepare_qkv(
         keys.shape[1] * keys.shape[2],
         eps,
     )
-    library().prepare_qkv(byref(args), qkv.element_size())
+    turn = () if cos is None or sin is None else (cos, sin)
+    call(library().prepare_qkv, args, qkv.element_size(), (qkv, *turn, slots), (qkv,))
 
 
 def paged_attention(
@@ -129,12 +132,8 @@ def paged_attention(
 ) -> Tensor:
     tokens, heads, dim = query.shape
     kv_heads, pages, block_size, _ = keys.shape
-    rows = batch.memo.get("cpu")
-    if rows is None:
-        rows = torch.tensor(batch.query_starts), batch.lengths.long()
-        batch.memo["cpu"] = rows
-    starts, lengths = rows
-    out = torch.empty((tokens, heads, dim), dtype=query.dtype)
+    starts, lengths = rows_of(batch)
+    out = empty((tokens, heads, dim), query.dtype)
     args = AttentionArgs(
         query.data_ptr(),
         query.stride(0),
@@ -156,5 +155,15 @@ def paged_attention(
         scale,
         softcap or 0.0,
     )
-    library().attention(byref(args), query.element_size())
+    reads = (query, batch.block_tables, starts, lengths)
+    call(library().attention, args, query.element_size(), reads, (out,))
     return out
+
+
+def rows_of(batch: PagedBatch) -> tuple[Tensor, Tensor]:
+    """Where the batch's rows begin, and their lengths, as attention reads them: int64."""
+    found: tuple[Tensor, Tensor] | None = batch.memo.get("cpu")
+    if found is None:
+        found = torch.tensor(batch.query_starts), batch.lengths.long()
+        batch.memo["cpu"] = found
+    return found

@@ -14,6 +14,13 @@ using namespace forebay;
 namespace {
 using Turn = std::lock_guard<std::mutex>;
 constexpr int32_t FLOAT = 4;  // bytes of an element; bf16 has 2
+
+// As in forebay_kernels.cpu.library.
+struct Call {
+    void (*run)(const void *args, int32_t element);
+    const void *args;
+    int64_t element;
+};
 }  // namespace
 
 extern "C" {
@@ -41,23 +48,27 @@ void forebay_pack(const char *w, int64_t stride, int64_t out, int64_t row_bytes,
     pack(w, stride, out, row_bytes, to);
 }
 
-// `chosen`: the panels that are computed, side by side; null: the first `count`.
-void forebay_linear_panels(const DenseMatrix *matrix, int32_t element, const void *x,
-                           int64_t x_stride, int64_t rows, void *out, int64_t out_stride,
-                           const int32_t *chosen, int64_t count) {
+void forebay_linear(const LinearArgs *a, int32_t element) {
     Turn turn(Pool::instance().turn());
+    const DenseMatrix &matrix = *static_cast<const DenseMatrix *>(a->matrix);
+    long count = a->chosen ? a->count : ceil_div(matrix.out, PANEL);
     if (element == FLOAT)
-        linear<Floats>(*matrix, static_cast<const float *>(x), x_stride, rows,
-                       static_cast<float *>(out), out_stride, chosen, count);
+        linear<Floats>(matrix, static_cast<const float *>(a->x), a->x_stride, a->rows,
+                       static_cast<float *>(a->out), a->out_stride, a->chosen, count);
     else
-        linear<Halves>(*matrix, static_cast<const bf16 *>(x), x_stride, rows,
-                       static_cast<bf16 *>(out), out_stride, chosen, count);
+        linear<Halves>(matrix, static_cast<const bf16 *>(a->x), a->x_stride, a->rows,
+                       static_cast<bf16 *>(a->out), a->out_stride, a->chosen, count);
 }
 
-void forebay_linear(const DenseMatrix *matrix, int32_t element, const void *x, int64_t x_stride,
-                    int64_t rows, void *out, int64_t out_stride) {
-    forebay_linear_panels(matrix, element, x, x_stride, rows, out, out_stride, nullptr,
-                          ceil_div(matrix->out, PANEL));
+void forebay_quantized_linear(const LinearArgs *a, int32_t element) {
+    Turn turn(Pool::instance().turn());
+    const QuantizedMatrix &matrix = *static_cast<const QuantizedMatrix *>(a->matrix);
+    if (element == FLOAT)
+        quantized_linear(matrix, static_cast<const float *>(a->x), a->x_stride, a->rows,
+                         static_cast<float *>(a->out), a->out_stride);
+    else
+        quantized_linear(matrix, static_cast<const bf16 *>(a->x), a->x_stride, a->rows,
+                         static_cast<bf16 *>(a->out), a->out_stride);
 }
 
 int32_t forebay_screens() {
@@ -84,17 +95,6 @@ int64_t forebay_screen(const ScreenMatrix *matrix, int32_t element, const void *
     return screen(*matrix, static_cast<const bf16 *>(x), x_stride, rows, *draws, found, most);
 }
 
-void forebay_quantized_linear(const QuantizedMatrix *matrix, int32_t element, const void *x,
-                              int64_t x_stride, int64_t rows, void *out, int64_t out_stride) {
-    Turn turn(Pool::instance().turn());
-    if (element == FLOAT)
-        quantized_linear(*matrix, static_cast<const float *>(x), x_stride, rows,
-                         static_cast<float *>(out), out_stride);
-    else
-        quantized_linear(*matrix, static_cast<const bf16 *>(x), x_stride, rows,
-                         static_cast<bf16 *>(out), out_stride);
-}
-
 void forebay_attention(const AttentionArgs *args, int32_t element) {
     Turn turn(Pool::instance().turn());
     if (element == FLOAT)
@@ -113,27 +113,19 @@ void forebay_add_and_norm(const ResidualArgs *args, int32_t element) {
     element == FLOAT ? add_and_norm<float>(*args) : add_and_norm<bf16>(*args);
 }
 
-void forebay_norm(int32_t element, const void *x, const float *weight, int64_t rows, int64_t width,
-                  float eps, void *out) {
+void forebay_norm(const NormArgs *args, int32_t element) {
     Turn turn(Pool::instance().turn());
-    auto run = [&](auto *from, auto *to) {
-        each_row(rows, width, [&](long row) {
-            norm_row(from + row * width, weight, width, eps, to + row * width);
-        });
-    };
-    if (element == FLOAT)
-        run(static_cast<const float *>(x), static_cast<float *>(out));
-    else
-        run(static_cast<const bf16 *>(x), static_cast<bf16 *>(out));
+    element == FLOAT ? norm<float>(*args) : norm<bf16>(*args);
 }
 
-void forebay_gate(int32_t element, const void *x, int64_t rows, int64_t width, int32_t kind,
-                  void *out) {
+void forebay_gate(const GateArgs *args, int32_t element) {
     Turn turn(Pool::instance().turn());
-    if (element == FLOAT)
-        gate(static_cast<const float *>(x), rows, width, kind, static_cast<float *>(out));
-    else
-        gate(static_cast<const bf16 *>(x), rows, width, kind, static_cast<bf16 *>(out));
+    element == FLOAT ? gate<float>(*args) : gate<bf16>(*args);
+}
+
+// One call after the other, without a word to Python between them.
+void forebay_replay(const Call *calls, int64_t count) {
+    for (int64_t i = 0; i < count; i++) calls[i].run(calls[i].args, int32_t(calls[i].element));
 }
 
 void forebay_argmax(int32_t element, const void *x, int64_t stride, int64_t rows, int64_t width,

@@ -14,6 +14,16 @@ struct DenseMatrix {
     int64_t out, into;
 };
 
+// As in forebay_kernels.cpu.library. Strides are in elements.
+struct LinearArgs {
+    const void *matrix;  // DenseMatrix or QuantizedMatrix
+    const void *x;       // [rows, into]
+    void *out;           // [rows, out], or [rows, count * 32]
+    int64_t x_stride, out_stride, rows;
+    const int32_t *chosen;  // [count]: the panels that are computed, side by side; null: all
+    int64_t count;
+};
+
 constexpr long INPUT_BYTES = 1 << 19;
 
 // Memory that grows and is used again; a job has it for itself.

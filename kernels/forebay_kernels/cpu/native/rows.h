@@ -42,6 +42,23 @@ INLINE void norm_row(const T *x, const float *weight, long width, float eps, T *
         write(out + k, read(x + k, width - k) * scale * read(weight + k, width - k), width - k);
 }
 
+// As in forebay_kernels.cpu.library.
+struct NormArgs {
+    const void *x;        // [rows, width]
+    const float *weight;  // [width]
+    void *out;            // [rows, width]
+    int64_t rows, width;
+    float eps;
+};
+
+template <class T>
+void norm(const NormArgs &a) {
+    each_row(a.rows, a.width, [&](long row) {
+        norm_row(static_cast<const T *>(a.x) + row * a.width, a.weight, a.width, a.eps,
+                 static_cast<T *>(a.out) + row * a.width);
+    });
+}
+
 // Rotates each pair (x[i], x[i + half]) of the first 2 * half elements, in place.
 template <class T>
 INLINE void rotate_row(T *x, const float *cosine, const float *sine, long half) {
@@ -123,14 +140,22 @@ INLINE F32 gated(F32 gate, F32 up, int kind) {
     return 0.5f * gate * (1.0f + hyperbolic_tangent(inner)) * up;
 }
 
-// [rows, 2 width] -> [rows, width].
+// As in forebay_kernels.cpu.library.
+struct GateArgs {
+    const void *x;  // [rows, 2 width]
+    void *out;      // [rows, width]
+    int64_t rows, width;
+    int32_t kind;
+};
+
 template <class T>
-void gate(const T *x, long rows, long width, int kind, T *out) {
-    each_row(rows, 2 * width, [&](long row) {
-        const T *from = x + row * 2 * width;
-        for (long k = 0; k < width; k += LANES) {
-            long left = width - k;
-            write(out + row * width + k, gated(read(from + k, left), read(from + width + k, left), kind), left);
+void gate(const GateArgs &a) {
+    each_row(a.rows, 2 * a.width, [&](long row) {
+        const T *from = static_cast<const T *>(a.x) + row * 2 * a.width;
+        T *to = static_cast<T *>(a.out) + row * a.width;
+        for (long k = 0; k < a.width; k += LANES) {
+            long left = a.width - k;
+            write(to + k, gated(read(from + k, left), read(from + a.width + k, left), a.kind), left);
         }
     });
 }
