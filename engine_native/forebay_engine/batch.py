@@ -100,7 +100,8 @@ def pool(hidden: Tensor, rows: Items[Row]) -> tuple[Pooled, ...]:
         if row.pooling == "mean":
             vector = hidden[end - row.count : end].float().sum(0)
         elif row.pooling == "last" and row.start + row.count == len(row.token_ids):
-            vector = hidden[end - 1].float()
+            # A copy: the next step may write its hidden states where this one's are.
+            vector = hidden[end - 1].to(torch.float32, copy=True)
         else:
             continue
         found.append(Pooled(row.seq_id, row.start, vector.numpy(force=True)))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+import forebay_kernels as kernels
 from forebay_engine.layers import LayerCache, ResidualLayer, RmsNorm, through
 from forebay_engine.rotary import Angles
 from forebay_kernels import PagedBatch, cpu
@@ -34,7 +35,7 @@ class Stack:
         self._layers, self._norm = layers, norm
         self._caches: Items[LayerCache] = ()
         self._tapes: OrderedDict[Hashable, _Step] = OrderedDict()
-        self._records = cpu.enabled()
+        self._records = True
 
     def __call__(
         self, x: Tensor, angles: Items[Angles], caches: Items[LayerCache], batch: PagedBatch
@@ -46,7 +47,7 @@ class Stack:
         :param angles: of each layer.
         """
         decodes = batch.num_decodes == batch.num_tokens
-        if not (self._records and decodes and x.is_cpu) or batch.replayed:
+        if batch.replayed or not (self._records and decodes and kernels.is_compiled(x)):
             return through(self._layers, self._norm, x, angles, caches, batch)
         if caches is not self._caches:  # a tape has their addresses
             self._caches = caches

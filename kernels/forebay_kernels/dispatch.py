@@ -37,6 +37,11 @@ def rotary_angles(positions: Tensor, frequency: Tensor, factor: float) -> tuple[
     return eager.rotary_angles(positions, frequency, factor)
 
 
+def is_compiled(x: Tensor) -> bool:
+    """Whether operators on rows like these are compiled ones, whose calls a tape can hold."""
+    return not has_triton(x) and compiled.takes_rows(x)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
     """Root-mean-square norm over the last axis; see ``reference.rms_norm``."""
     plain = not unit_offset and weight.dim() == 1

@@ -153,3 +153,18 @@ def test_the_oldest_tape_gives_way(
         step = plan(1, [30] * rows)
         assert torch.equal(hidden(taped, step), hidden(plain, step))
     assert list(taped._model._stack._tapes) == [(1, 2), (2, 2)]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_a_pooled_vector_outlives_the_next_step(
+    pooling: Any, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    runner, _ = runners(tiny_checkpoint("llama"), dtype="float32")
+    vectors = []
+    for token in (7, 9, 11):
+        (row,) = plan(1, [1]).rows
+        row.token_ids, row.sample, row.pooling = [token], False, pooling
+        (pooled,) = runner.execute(StepPlan((row,))).pooled
+        vectors.append((pooled.vector, pooled.vector.copy()))
+    assert all((now == then).all() for now, then in vectors)
+    assert not (vectors[0][0] == vectors[2][0]).all()
