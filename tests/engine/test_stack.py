@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from forebay_engine import stack
@@ -163,7 +164,7 @@ def test_a_pooled_vector_outlives_the_next_step(
     vectors = []
     for token in (7, 9, 11):
         (row,) = plan(1, [1]).rows
-        row.token_ids, row.sample, row.pooling = [token], False, pooling
+        row = structs.replace(row, token_ids=[token], sample=False, pooling=pooling)
         (pooled,) = runner.execute(StepPlan((row,))).pooled
         vectors.append((pooled.vector, pooled.vector.copy()))
     assert all((now == then).all() for now, then in vectors)
