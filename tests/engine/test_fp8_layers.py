@@ -25,6 +25,7 @@ from forebay_kernels import PagedBatch, dispatch, reference
 from forebay_kernels.gpu import fp8
 from forebay_kernels.gpu.fp8 import PackedFp8, pack_fp8
 from forebay_kernels.matrix import Dense, Fp8, Matrix
+from replaying import CheckingRecorder
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs Triton's interpreter")
 
@@ -78,6 +79,13 @@ class Seen:
         patch.setattr(dispatch, "has_triton", lambda x: x.dim() == 2 and x.shape[1] < 300)
 
 
+def settings(folder: Path, dtype: str) -> EngineConfig:
+    return EngineConfig(
+        model=str(folder), dtype=dtype, quantization="fp8", max_model_len=8, max_sequences=4,
+        block_size=8, num_blocks=8, threads=1,
+    )  # fmt: skip
+
+
 def answers(runner: DeviceRunner) -> list[list[int]]:
     """A chunk of three tokens, a replay of four rows of which three are there, and one of a row."""
     known = [[2, 60, 300], [7], [310]]
@@ -99,10 +107,7 @@ def test_tokens_are_those_of_layers_that_round_by_themselves(
     seen = Seen(monkeypatch)
     monkeypatch.setattr(DeviceRunner, "_rehearse", lambda self: None)
     monkeypatch.setattr(DeviceRunner, "_largest_step", lambda *_: torch.zeros(1, 64))
-    config = EngineConfig(
-        model=str(tiny_checkpoint(family)), dtype="float32", quantization="fp8",
-        max_model_len=8, max_sequences=4, block_size=8, num_blocks=8, threads=1,
-    )  # fmt: skip
+    config = settings(tiny_checkpoint(family), "float32")
     runner = DeviceRunner(config, device=CPU, recorder=Unrecorded(), memory=None)
     runner.warm_up()
     found, given, apart = answers(runner), seen.given, seen.apart
@@ -115,6 +120,26 @@ def test_tokens_are_those_of_layers_that_round_by_themselves(
     for (values, scale), (other_values, other_scale) in zip(given, seen.given, strict=True):
         assert torch.equal(values.view(torch.uint8), other_values.view(torch.uint8))
         assert torch.equal(scale, other_scale)
+
+
+def test_a_replay_rounds_as_the_recorded_step_did(
+    tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that a graph would not repeat says who rounds: the same calls, rows there or not."""
+    seen = Seen(monkeypatch)
+    # By torch, whose calls can be compared; and no step with few rows is recorded.
+    monkeypatch.setattr(dispatch, "has_triton", lambda x: False)
+    monkeypatch.setattr(fp8, "quantize_fp8", reference.quantize_fp8)
+    monkeypatch.setattr("forebay_engine.gpu.runner.buckets", lambda most: [most])
+    monkeypatch.setattr(DeviceRunner, "_rehearse", lambda self: None)
+    recorder = CheckingRecorder()
+    config = settings(tiny_checkpoint("llama"), "bfloat16")
+    runner = DeviceRunner(config, device=CPU, recorder=recorder, memory=None)
+    runner.warm_up()
+    seen.given = []
+    answers(runner)
+    assert recorder.replays == [2]
+    assert len(seen.given) == 3 * 3 * 4  # steps, layers, products
 
 
 @pytest.mark.parametrize("group", [64, 32])
