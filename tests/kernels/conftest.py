@@ -19,6 +19,7 @@ from torch import Tensor
 
 from forebay_kernels import PagedBatch, dispatch, reference
 from forebay_kernels.cpu import operators
+from kernel_memory import Memory, watch
 
 #: Relative error of attention in each type, and what bounds it: rounding of probabilities and sum.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -64,6 +65,12 @@ MakeCase = Callable[..., Case]
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
+    """Every launch under the interpreter fails that touches what none of its tensors holds."""
+    return watch(monkeypatch)
 
 
 @pytest.fixture(params=["compiled", "torch"])
