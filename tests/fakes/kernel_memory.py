@@ -35,21 +35,25 @@ class Memory:
             for x in tensors
             if x.numel()
         )
-        self._begins = np.array([begin for begin, _ in spans], np.uint64)
-        # Of views of one tensor the earlier may end later.
-        ends = np.array([end for _, end in spans], np.uint64)
-        self._ends = np.maximum.accumulate(ends) if len(ends) else ends
+        runs: list[list[int]] = []  # views of one tensor make one
+        for begin, end in spans:
+            if runs and begin < runs[-1][1]:
+                runs[-1][1] = max(runs[-1][1], end)
+            else:
+                runs.append([begin, end])
+        self._begins = np.array([begin for begin, _ in runs], np.uint64)
+        self._ends = np.array([end for _, end in runs], np.uint64)
 
     def touch(self, pointers: Any, mask: Any, *, loads: bool) -> None:
-        """:raises IndexError: one of them lies nowhere."""
+        """:raises IndexError: one of them lies nowhere, or not where the first one does."""
         at = np.asarray(pointers.data)
         held = np.asarray(mask.data) if mask is not None else np.True_
         at = at[np.broadcast_to(held, at.shape)].ravel()
         if not at.size:
             return
-        span = np.searchsorted(self._begins, at, side="right") - 1
+        run = np.searchsorted(self._begins, at, side="right") - 1
         size = np.uint64(max(1, pointers.get_element_ty().primitive_bitwidth // 8))
-        outside = (span < 0) | (at + size > self._ends[np.maximum(span, 0)])
+        outside = (run < 0) | (run != run[0]) | (at + size > self._ends[np.maximum(run, 0)])
         if outside.any():
             kind = "loads" if loads else "stores"
             raise IndexError(f"{kind} {outside.sum()} of {at.size} values outside of all tensors")

@@ -1,6 +1,7 @@
 """Compiles Triton kernels for Hopper, which takes no GPU. Run as a program: jobs in, results out.
 
-A process of its own, as the tests run with Triton's interpreter, which replaces the compiler.
+Each is a line of JSON. A process of its own, as the tests run with Triton's interpreter, which
+replaces the compiler; one for many jobs, as it takes seconds to start.
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +104,16 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def answered(job: dict[str, Any]) -> dict[str, Any]:
+    """What came of a job: ``found``, or how it ``failed``."""
+    try:
+        return {"found": launched(job) if "launch" in job else [compiled(job)]}
+    except Exception:  # noqa: BLE001 - a test says it, and the next one wants its job done
+        return {"failed": traceback.format_exc()}
+
+
 if __name__ == "__main__":
-    done: list[dict[str, Any]] = []
-    for job in json.load(sys.stdin):
-        done += launched(job) if "launch" in job else [compiled(job)]
-    print(json.dumps(done))
+    answers = os.fdopen(os.dup(1), "w")  # what else prints does not come between them
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        print(json.dumps(answered(json.loads(line))), file=answers, flush=True)

@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from queue import SimpleQueue
+from subprocess import PIPE
 from typing import Any
 
 import numpy as np
@@ -127,25 +130,54 @@ class Compiled:
 CompileForHopper = Callable[..., list[Compiled]]
 
 
-@pytest.fixture
-def compile_for_hopper(tmp_path: Path) -> CompileForHopper:
-    """All jobs of a test in one process, since starting Triton takes seconds."""
+class Compilers:
+    """Processes that compile, each one job at a time; started when they are first needed."""
 
-    def run(*jobs: dict[str, Any]) -> list[Compiled]:
-        env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    def __init__(self, cache: Path) -> None:
+        self._cache = cache
+        self._idle: SimpleQueue[subprocess.Popen[str]] = SimpleQueue()
+        self._threads = ThreadPoolExecutor(os.cpu_count() or 1, initializer=self._start)
+
+    def _start(self) -> None:
+        env = {**os.environ, "TRITON_CACHE_DIR": str(self._cache)}
         env.pop("TRITON_INTERPRET", None)
-        done = subprocess.run(
-            [sys.executable, "-P", "-W", "error", str(Path(__file__).with_name("compilation.py"))],
-            input=json.dumps(jobs),
-            env=env,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return [Compiled(**found) for found in json.loads(done.stdout)]
+        program = [
+            sys.executable,
+            "-P",
+            "-W",
+            "error",
+            str(Path(__file__).with_name("compilation.py")),
+        ]
+        self._idle.put(subprocess.Popen(program, env=env, stdin=PIPE, stdout=PIPE, text=True))
 
-    return run
+    def __call__(self, *jobs: dict[str, Any]) -> list[Compiled]:
+        return [one for found in self._threads.map(self._compile, jobs) for one in found]
+
+    def _compile(self, job: dict[str, Any]) -> list[Compiled]:
+        process = self._idle.get()
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            print(json.dumps(job), file=process.stdin, flush=True)
+            answer = json.loads(process.stdout.readline())
+        finally:
+            self._idle.put(process)
+        assert "found" in answer, answer["failed"]
+        return [Compiled(**one) for one in answer["found"]]
+
+    def close(self) -> None:
+        self._threads.shutdown()
+        while not self._idle.empty():
+            with self._idle.get() as process:
+                process.kill()
+
+
+@pytest.fixture(scope="session")
+def compile_for_hopper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CompileForHopper]:
+    """The jobs of a test side by side, by processes that serve all tests: Triton starts slowly."""
+    compilers = Compilers(tmp_path_factory.mktemp("triton"))
+    yield compilers
+    compilers.close()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from forebay_kernels import reference
 from forebay_kernels.gpu.step_inputs import remember, scatter, step_inputs
+from kernel_memory import Memory
 
 BLOCK = 4
 #: start and count of each row; a start of -1 is a padded row of one token.
@@ -86,13 +87,19 @@ def test_the_specification_by_hand() -> None:
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_triton_does_as_the_specification_says(step: str, device: torch.device) -> None:
+def test_triton_does_as_the_specification_says(
+    step: str, device: torch.device, memory: Memory
+) -> None:
     rows = STEPS[step]
     given = inputs(rows, device)
     tokens = len(given[3])
     expected, found = (Outputs.of(len(rows), tokens, 2, 80, device) for _ in range(2))
     reference.step_inputs(*given, BLOCK, **expected.named())
-    step_inputs(*given, BLOCK, **found.named())
+    table = given[5]._base
+    assert table is not None
+    with memory.recorded():
+        step_inputs(*given, BLOCK, **found.named())
+        read = memory.loaded(table)[given[0].cpu().long(), 4:].view(len(rows), 2, 80)
     for name in ("token_ids", "positions", "lengths", "slots"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
     for row, (start, count) in enumerate(rows):
@@ -100,6 +107,7 @@ def test_triton_does_as_the_specification_says(step: str, device: torch.device) 
         own, other = found.block_tables[:, row], expected.block_tables[:, row]
         assert torch.equal(own[:, :pages], other[:, :pages])
         assert (own[:, pages:] == -77).all()  # no more is moved than is there
+        assert not read[row, :, pages:].any()
 
 
 @pytest.mark.parametrize("count", [0, 1, 300])
