@@ -22,6 +22,7 @@ from torch import Tensor
 
 from forebay_engine.config import EngineConfig
 from forebay_engine.hf_config import ModelError, read_config
+from forebay_engine.quantization import on_load
 from forebay_engine.quantization.on_load import to_fp8, to_int4, to_int8
 from forebay_engine.quantization.stored import unpack
 from forebay_engine.runner import Runner
@@ -308,6 +309,23 @@ def test_int4_finds_a_grid_that_is_there() -> None:
     levels[:, 0::32], levels[:, 1::32] = 0.0, 15.0
     weight = (levels - 5.3) * 0.017
     torch.testing.assert_close(to_int4(weight).dequantize(), weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 64), (33, 17), (5, 3), (1, 1), (300, 129)])
+def test_compiled_kernels_round_to_the_same_bits(
+    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    weight[-1] *= 1e-30
+    weight[0] = 0.0
+    weight[1:2, :2] = torch.tensor([127.0, 2.5])[: shape[1]]  # a tie
+    weight = weight.to(dtype)
+    found = to_int8(weight)
+    monkeypatch.setattr(on_load.cpu, "available", lambda x: False)
+    wanted = to_int8(weight)
+    assert torch.equal(found.weight, wanted.weight)
+    assert torch.equal(found.scale, wanted.scale)
 
 
 @pytest.mark.parametrize(("into", "kind"), [(40, Int4), (36, Int8)])

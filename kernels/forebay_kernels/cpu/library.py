@@ -200,6 +200,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         [POINTER(ScreenMatrix), _INT, _POINTER, _LONG, _LONG, POINTER(Draws), _POINTER, _LONG],
     ),
     "quantized_linear": (None, [POINTER(LinearArgs), _INT]),
+    "round_to_int8": (None, [_INT, _POINTER, _LONG, _LONG, _POINTER, _POINTER]),
     "attention": (None, [POINTER(AttentionArgs), _INT]),
     "prepare_qkv": (None, [POINTER(QkvArgs), _INT]),
     "add_and_norm": (None, [POINTER(ResidualArgs), _INT]),

@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "linear.h"
 #include "quantized.h"
+#include "rounding.h"
 #include "rows.h"
 #include "screen.h"
 
@@ -93,6 +94,15 @@ int64_t forebay_screen(const ScreenMatrix *matrix, int32_t element, const void *
     if (element == FLOAT)
         return screen(*matrix, static_cast<const float *>(x), x_stride, rows, *draws, found, most);
     return screen(*matrix, static_cast<const bf16 *>(x), x_stride, rows, *draws, found, most);
+}
+
+void forebay_round_to_int8(int32_t element, const void *x, int64_t rows, int64_t width, int8_t *out,
+                           float *scale) {
+    Turn turn(Pool::instance().turn());
+    if (element == FLOAT)
+        round_to_int8(static_cast<const float *>(x), rows, width, out, scale);
+    else
+        round_to_int8(static_cast<const bf16 *>(x), rows, width, out, scale);
 }
 
 void forebay_attention(const AttentionArgs *args, int32_t element) {
