@@ -94,14 +94,16 @@ def figures(model: Path, threads: int, quantization: str) -> list[dict[str, Any]
             tokens = [[2 + (7 * i + 13 * r) % 5000 for i in range(PROMPT)] for r in range(number)]
             for prompt in range(number):
                 runner.execute(_plan(runner, tokens, [prompt], PROMPT))
-            steps = []
+            steps, drawn = [], [5] * number
             for _ in range(STEPS):
-                for row in tokens:
-                    row.append(5)
-                steps.append(_step(parts, partial(runner.execute, _plan(runner, tokens))))
+                for row, token in zip(tokens, drawn, strict=True):
+                    row.append(token)
+                spent, result = _step(parts, partial(runner.execute, _plan(runner, tokens)))
+                steps.append(spent)
+                drawn = [item.token_id for item in result.sampled]
             found.append(_median(f"{number}", number, steps, weights))
         prompts = [
-            _step(parts, lambda: runner.execute(_plan(runner, [tokens[0]], [0], PROMPT)))
+            _step(parts, lambda: runner.execute(_plan(runner, [tokens[0]], [0], PROMPT)))[0]
             for _ in range(5)
         ]
         found.append(_median(f"prompt of {PROMPT}", PROMPT, prompts, weights))
@@ -137,9 +139,10 @@ def _plan(
 
 @contextmanager
 def _timed_parts() -> Iterator[dict[str, float]]:
-    """Seconds spent in linear layers and in attention, added up."""
+    """Seconds spent in linear layers and in attention, added up; what finds logits is linear."""
     import forebay_kernels as kernels
     from forebay_engine.linear import Linear
+    from forebay_kernels.cpu import Screen, Tape
 
     spent: dict[str, float] = defaultdict(float)
 
@@ -153,15 +156,23 @@ def _timed_parts() -> Iterator[dict[str, float]]:
         return call
 
     Linear.__call__ = timed("linears", Linear.__call__)  # type: ignore[method-assign]
+    Screen.shortlist = timed("linears", Screen.shortlist)  # type: ignore[method-assign]
     kernels.paged_attention = timed("attention", kernels.paged_attention)
+
+    def replay(self: Tape) -> None:
+        names = {"linear": "linears", "quantized_linear": "linears", "attention": "attention"}
+        for name, seconds in self.timed_replay():
+            spent[names.get(name, "rest")] += seconds
+
+    Tape.replay = replay  # type: ignore[method-assign]
     yield spent
 
 
-def _step(parts: dict[str, float], run: Callable[[], object]) -> dict[str, float]:
+def _step(parts: dict[str, float], run: Callable[[], Any]) -> tuple[dict[str, float], Any]:
     parts.clear()
     begin = time.perf_counter()
-    run()
-    return {"step": time.perf_counter() - begin, **parts}
+    result = run()
+    return {"step": time.perf_counter() - begin, **parts}, result
 
 
 def _median(name: str, tokens: int, steps: list[dict[str, float]], weights: int) -> dict[str, Any]:
@@ -173,12 +184,18 @@ def _median(name: str, tokens: int, steps: list[dict[str, float]], weights: int)
 
 
 def _weight_bytes(runner: Any) -> int:
-    """Bytes of all packed or plain weights that a step reads."""
-    from forebay_kernels.cpu import PackedLinear
+    """Bytes of all packed weights that a step reads, a screen's in place of those behind it."""
+    from forebay_kernels.cpu import PackedLinear, Screen
 
+    found = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of objects that warn when they are looked at
-        return sum(x.nbytes for x in gc.get_objects() if isinstance(x, PackedLinear))
+        for each in gc.get_objects():
+            if isinstance(each, PackedLinear | Screen):
+                found += each.nbytes
+            if isinstance(each, Screen):
+                found -= each.product.nbytes
+    return found
 
 
 def read_bandwidth(threads: int) -> float:

@@ -66,6 +66,17 @@ def test_a_replay_is_the_same_calls_on_other_inputs() -> None:
         assert torch.equal(x, new)
 
 
+def test_what_calls_take_is_told_by_their_names() -> None:
+    tape, new = Tape(x := random(2, WIDTH)), random(2, WIDTH, seed=1)
+    with recording(tape):
+        out = UP(operators.rms_norm(x, NORM, 1e-6))
+    x.copy_(new)
+    found = tape.timed_replay()
+    assert [name for name, _ in found] == ["norm", "linear"]
+    assert all(0.0 < seconds < 1.0 for _, seconds in found)
+    assert torch.equal(out, UP(operators.rms_norm(new, NORM, 1e-6)))
+
+
 def test_what_else_is_computed_is_noticed() -> None:
     x = random(2, WIDTH)
     for between in (lambda y: y + 0.0, lambda y: y[:, torch.arange(WIDTH)], torch.relu):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from typing import Any, ClassVar
 
@@ -192,7 +192,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "huge_pages": (None, [_POINTER, _LONG]),
     "pack": (None, [_POINTER, _LONG, _LONG, _LONG, _POINTER]),
     "linear": (None, [POINTER(LinearArgs), _INT]),
-    "replay": (None, [POINTER(Call), _LONG]),
+    "replay": (None, [POINTER(Call), _LONG, POINTER(c_double)]),
     "screens": (_INT, []),
     "make_screen": (None, [_INT, _POINTER, _LONG, POINTER(ScreenMatrix)]),
     "screen": (

@@ -39,7 +39,7 @@ class Screen:
             raise ValueError(f"no screen for {weight.dtype} [{out}, {into}] on {weight.device}")
         kernels = library()
         panels = -(-out // PANEL)
-        self._product = product
+        self.product = product
         rounded = memory.panels(kernels.packed_bytes(out, into))
         figures = torch.empty(3, panels * PANEL)
         self._held = (rounded, figures)  # what the matrix points to
@@ -70,7 +70,7 @@ class Screen:
         :param x: ``[rows, in]`` in the type of the weights.
         :raises ValueError: it is not, or there is not one temperature and key for each row.
         """
-        x, rows = self._product.taken(x), len(x)
+        x, rows = self.product.taken(x), len(x)
         if not len(temperatures) == len(keys) == rows:
             raise ValueError(
                 f"of {rows} rows, {len(temperatures)} temperatures and {len(keys)} keys"
@@ -99,7 +99,7 @@ class Screen:
         found = self._found[:count]
         ids = (found.long()[:, None] * PANEL + torch.arange(PANEL)).flatten()
         ids = ids[: len(ids) - int((ids[-PANEL:] >= self._matrix.out).sum())]
-        return self._product.panels(x, found)[:, : len(ids)], ids
+        return self.product.panels(x, found)[:, : len(ids)], ids
 
 
 def screens(weight: Tensor) -> bool:

@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import Structure, byref
+from ctypes import Structure, byref, c_double
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class Tape:
         self._known = {_memory(tensor) for tensor in inputs}
         self._free: dict[int, list[Tensor]] = {}  # by their size
         self._calls: list[Call] = []
+        self._names: list[str] = []
         self._array: Any = None
 
     def __len__(self) -> int:
@@ -62,6 +63,7 @@ class Tape:
         self._held.append(args)
         address = ctypes.cast(kernel, ctypes.c_void_p)
         self._calls.append(Call(address, ctypes.addressof(args), element))
+        self._names.append(kernel.__name__.removeprefix("forebay_"))
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory for a result."""
@@ -78,9 +80,18 @@ class Tape:
 
     def replay(self) -> None:
         """Make all calls again, in their order."""
+        self._replay(None)
+
+    def timed_replay(self) -> list[tuple[str, float]]:
+        """The same; each call's operator and seconds."""
+        seconds = (c_double * len(self._calls))()
+        self._replay(seconds)
+        return list(zip(self._names, seconds, strict=True))
+
+    def _replay(self, seconds: Any) -> None:
         if self._array is None:
             self._array = (Call * len(self._calls))(*self._calls)
-        library().replay(self._array, len(self._array))
+        library().replay(self._array, len(self._array), seconds)
 
 
 @contextmanager

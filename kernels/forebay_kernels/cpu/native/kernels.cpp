@@ -133,9 +133,15 @@ void forebay_gate(const GateArgs *args, int32_t element) {
     element == FLOAT ? gate<float>(*args) : gate<bf16>(*args);
 }
 
-// One call after the other, without a word to Python between them.
-void forebay_replay(const Call *calls, int64_t count) {
-    for (int64_t i = 0; i < count; i++) calls[i].run(calls[i].args, int32_t(calls[i].element));
+// One call after the other, without a word to Python between them; `seconds` [count] that each took,
+// or null.
+void forebay_replay(const Call *calls, int64_t count, double *seconds) {
+    using Clock = std::chrono::steady_clock;
+    for (int64_t i = 0; i < count; i++) {
+        auto begin = seconds ? Clock::now() : Clock::time_point();
+        calls[i].run(calls[i].args, int32_t(calls[i].element));
+        if (seconds) seconds[i] = std::chrono::duration<double>(Clock::now() - begin).count();
+    }
 }
 
 void forebay_argmax(int32_t element, const void *x, int64_t stride, int64_t rows, int64_t width,
