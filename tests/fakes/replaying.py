@@ -10,7 +10,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 #: What a graph can't do: tell the host a value, or have shapes that depend on one.
-FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount")
+#: In inference mode ``item`` and ``bool`` are operators of their own, which show nothing beneath.
+FORBIDDEN = (
+    "_local_scalar_dense",
+    "item",
+    "is_nonzero",
+    "nonzero",
+    "masked_select",
+    "unique",
+    "bincount",
+)
 
 Call = tuple[object, ...]
 
