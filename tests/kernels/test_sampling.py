@@ -370,6 +370,13 @@ def test_sampling_compiles_for_hopper(compile_for_hopper: Any, device: torch.dev
     # As many threads on a multiprocessor as keep the memory busy: see the benchmark's notes.
     assert found[0].registers <= 64
     assert max(one.registers for one in found[1:3]) <= 104
+    # What is gathered is read by other threads, and ``counted`` written when all have read it: a
+    # barrier sees to it, which the interpreter does not miss.
+    for one in found[3:5]:
+        behind_gathering = one.ptx.split("st.global")[-2]
+        assert "bar.sync" in behind_gathering.split("ld.global")[0]
+    behind_counting = found[6].ptx.split("st.global")[0].rpartition("bra")[2]
+    assert "bar.sync" in behind_counting
 
 
 def _draw_job(device: torch.device, vocab: int, adjusts: bool, logprobs: bool) -> dict[str, Any]:
