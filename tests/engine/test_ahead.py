@@ -76,9 +76,10 @@ def test_a_sequence_runs_on_behind_a_token_that_is_not_known_yet() -> None:
     assert steps.plan() == {0: (4, 1, 1), 1: (4, 1, 1)}
     assert list(steps.apply()) == [0, 1]
     assert steps.plan() == {0: (5, 1, 1), 1: (5, 1, 1)}
-    for _ in range(2):
-        assert list(steps.apply()) == [0, 1]
-    # Their last tokens came of that step, whatever they are: nothing was planned behind it.
+    assert list(steps.apply()) == [0, 1]
+    # Their last tokens come of the step under way, whatever they are: nothing is planned behind it.
+    assert steps.plan() == {}
+    assert list(steps.apply()) == [0, 1]
     assert (steps.plan(), steps.launched) == ({}, [])
     for sequence in (one, other):
         assert sequence.token_ids == expected(sequence.prompt_ids, sequence.sampling)
@@ -99,6 +100,19 @@ def test_a_row_behind_an_end_is_for_nothing_and_keeps_its_pages_until_its_step_i
     assert steps.scheduler.cache.in_use == 0
     assert sequence.token_ids == [1, 2, stop]
     assert steps.scheduler.counters.generated_tokens == 1
+
+
+def test_a_row_that_failed_keeps_its_pages_until_the_step_behind_it_is_over() -> None:
+    steps = Steps()
+    sequence = steps.add(0, [1, 2, 3], max_tokens=4)
+    steps.plan(), steps.plan()
+    steps.launched.pop(0).result()
+    assert steps.scheduler.apply(StepResult(()), failed={0}) == []
+    steps.scheduler.check()
+    assert sequence.finish_reason is FinishReason.ERROR
+    assert (steps.scheduler.running, steps.scheduler.cache.in_use) == (0, 2)
+    assert steps.apply() == {}
+    assert steps.scheduler.cache.in_use == 0
 
 
 def test_an_abort_under_two_steps_frees_after_the_second() -> None:
