@@ -180,7 +180,9 @@ class DeviceRunner:
                     StepPlan(tuple(structs.replace(row, seq_id=-1 - id) for id in range(rows)))
                 )
         decode = Row(-1, (0,), 0, 1, pages, True, greedy, 1)
-        for count in (16, min(self._inputs.most_tokens, self.max_model_len) - 1):
+        most = min(self._inputs.most_tokens, self.max_model_len) - 1
+        # Attention takes tiles by a row's tokens times the heads that share a KV head.
+        for count in sorted({min(count, most) for count in (4, 8, 16, 32, 64, most)}):
             for end in (count, self.max_model_len):  # at the beginning, and behind a long prefix
                 tables = ((0,) * -(-end // self.block_size),) * len(self.cache_groups)
                 chunk = Row(-2, (0,) * end, end - count, count, tables, True, greedy, end)

@@ -32,8 +32,9 @@ from forebay_kernels.gpu.fp8 import takes, widened
 from forebay_kernels.gpu.tuning import choose
 from forebay_kernels.matrix import Dense, Fp8, Int8, Matrix
 
-#: Pairs that a program of the sort looks at together.
-_SORT_TILE = 1024
+#: Pairs that a program of the sort looks at together, few or many: each size is compiled, and a
+#: request whose size is a new one waits for it.
+_FEW_PAIRS, _MANY_PAIRS = 128, 1024
 #: Columns that a program of the sum adds up.
 _SUM_TILE = 1024
 
@@ -335,7 +336,7 @@ def sort_pairs(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     pairs = chosen.numel()
     order = torch.empty(pairs, dtype=torch.int32, device=chosen.device)
     starts = torch.empty(experts + 1, dtype=torch.int32, device=chosen.device)
-    tile = min(_SORT_TILE, triton.next_power_of_2(max(pairs, 1)))
+    tile = _FEW_PAIRS if pairs <= _FEW_PAIRS else _MANY_PAIRS
     _sort_kernel[(experts,)](chosen, order, starts, pairs, EXPERTS=experts, TILE=tile)
     return order, starts
 
