@@ -204,8 +204,10 @@ async def _server(command: list[str], port: int, **environment: str) -> AsyncIte
 
     :raises EngineFailed: it ended before, or took too long.
     """
-    # Each engine has a way of its own to be told how many threads it may use.
-    inherited = {name: v for name, v in os.environ.items() if name != "OMP_NUM_THREADS"}
+    # Each engine has a way of its own to be told how many threads it may use, and after its first
+    # start Python need not compile it.
+    left_out = {"OMP_NUM_THREADS", "PYTHONDONTWRITEBYTECODE"}
+    inherited = {name: v for name, v in os.environ.items() if name not in left_out}
     target = HttpTarget(f"http://127.0.0.1:{port}", MODEL)
     with tempfile.TemporaryFile() as log:
         begin = time.monotonic()
