@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -68,6 +69,36 @@ MakeCase = Callable[..., Case]
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return DEVICE
+
+
+class _Inspect:
+    """``inspect`` for Triton's interpreter, which looks through its own modules at every call.
+
+    It replaces those of their members that are its builtins, whose names stay the same. To look for
+    them again took a third of the time of these tests.
+    """
+
+    def __init__(self) -> None:
+        self._builtins: dict[int, list[str]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(inspect, name)
+
+    def getmembers(self, owner: Any) -> list[tuple[str, Any]]:
+        names = self._builtins.get(id(owner))
+        if names is None:
+            names = [
+                name for name, member in inspect.getmembers(owner) if tl.core.is_builtin(member)
+            ]
+            self._builtins[id(owner)] = names
+        return [(name, getattr(owner, name)) for name in names]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("triton.runtime.interpreter.inspect", _Inspect())
+        yield
 
 
 @pytest.fixture(autouse=True)
