@@ -45,14 +45,12 @@ Rounded rounded(const T *x, long stride, long rows, long into, long group) {
             const T *from = x + i * stride + g * group;
             F32 most{};
             for (long k = 0; k < group; k += LANES) {
-                F32 value = read(from + k, group - k);
-                most = maximum(most, maximum(value, -value));
+                most = maximum(most, absolute(read(from + k, group - k)));
             }
             float step = largest(most) / 127.0f, inverse = step > 0.0f ? 1.0f / step : 0.0f;
             F32 sums{};
             for (long k = 0; k < group; k += LANES) {
-                F32 value = read(from + k, group - k) * inverse;
-                value = (value + 12582912.0f) - 12582912.0f;  // to an integer, ties to even
+                F32 value = whole(read(from + k, group - k) * inverse);
                 sums += value;
                 int8_t eight[LANES];
                 for (int j = 0; j < LANES; j++) eight[j] = int8_t(value[j]);

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "rows.h"
-#include "screen.h"
 
 namespace forebay {
 

@@ -42,9 +42,6 @@ constexpr float UNIT = 1.0f / (1 << 24);
 template <class T>
 constexpr float ROUNDING = sizeof(T) == 2 ? 1.0f / 256 : 1.0f / (1 << 20);
 
-INLINE F32 whole(F32 x) { return (x + 12582912.0f) - 12582912.0f; }  // ties to even, below 2^22
-INLINE F32 absolute(F32 x) { return maximum(x, -x); }
-
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 // Rounds w [out, into], rows `stride` elements apart.

@@ -93,6 +93,10 @@ INLINE F32 select(I32 mask, F32 yes, F32 no) {
 }
 
 INLINE F32 maximum(F32 a, F32 b) { return select(a > b, a, b); }
+INLINE F32 absolute(F32 x) { return maximum(x, -x); }
+
+// To an integer, ties to even; of numbers below 2^22.
+INLINE F32 whole(F32 x) { return (x + 12582912.0f) - 12582912.0f; }
 
 // Always in the same order, so that a sum does not depend on who computes it.
 INLINE float sum(F32 x) {
