@@ -420,7 +420,9 @@ async def _live_through(
             await life.last(heard)
             assert life.shown(heard.view) <= life.truth
             if kept == 1000:
-                assert life.shown(heard.view) == life.truth
+                # Where a session began with a publisher that was just ending, its end is told late,
+                # and what the next one sent is withdrawn once more until it has been replayed.
+                await heard.until(lambda: life.shown(heard.view) == life.truth)
                 assert not [lost for lost in heard.losses if "cannot be had" in lost]
 
 
