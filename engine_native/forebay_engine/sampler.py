@@ -42,6 +42,8 @@ from forebay_engine.watermark import context_keys
 _FEW = 4096
 #: Logits this near to the largest, some hundred mostly, tell how large a sum will be beaten.
 _NEAR = 8.0
+#: Below it logits over temperature leave float32, where no bound on them holds.
+_COLDEST = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +164,7 @@ def _is_plain(row: Row) -> bool:
         and not (params.logit_bias or params.allowed_token_ids or params.bad_words)
         and not _has_penalty(params)
         and len(row.token_ids) - row.num_prompt >= params.min_tokens
-        and (params.temperature == 0 or not _truncates(params))
+        and (params.temperature == 0 or (params.temperature >= _COLDEST and not _truncates(params)))
     )
 
 

@@ -22,9 +22,9 @@ from forebay_kernels import PagedBatch, cpu
 
 #: Kernels that a layer calls: two norms, four products, attention and what is before it, the gate.
 _CALLS = 9
-#: Pages by which tables grow on a tape: a row of 16 tokens a page is recorded all 256 of them.
+#: Pages by which tables grow: with 16 tokens a page a tape serves its rows for 256 tokens.
 _PAGES = 16
-#: Tapes that are kept; each takes some MB of intermediate results.
+#: Tapes that are kept; each holds the intermediate results of about one layer.
 _TAPES = 32
 
 

@@ -17,7 +17,6 @@ from forebay_engine.config import EngineConfig
 from forebay_engine.runner import Runner
 from forebay_engine.sequence import SamplingParams
 from forebay_engine.step import Row, StepPlan
-from forebay_kernels import cpu
 
 #: Pages of a row, of 16 tokens each.
 PAGES = 6
@@ -25,8 +24,6 @@ PAGES = 6
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not cpu.enabled():
-        pytest.skip("there are no compiled kernels")
     monkeypatch.setattr(stack, "_PAGES", 2)
 
 

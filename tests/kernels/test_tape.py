@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import threading
 
-import pytest
 import torch
 from torch import Tensor
 
-from forebay_kernels import cpu
 from forebay_kernels.cpu import PackedLinear, Tape, operators, pack, recording
 from forebay_kernels.cpu.tape import empty
 from forebay_kernels.matrix import Dense, Int8
 
 WIDTH = 48
-
-
-@pytest.fixture(autouse=True)
-def compiled() -> None:
-    if not cpu.enabled():
-        pytest.skip("there are no compiled kernels")
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
